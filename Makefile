@@ -1,0 +1,48 @@
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTHONS := python3 python3.13 python3.12 python3.11
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for p in $(PYTHONS); do $$p $(IS_NEW_ENOUGH) && echo $$p && break; done)
+
+.PHONY: help demo test check format site clean
+help:
+	@echo "make demo     set up, pretrain and probe CropMAE on embedded images, render the report (minutes)"
+	@echo "make test     set up and run all tests"
+	@echo "make check    set up and look at lint, formatting and types"
+	@echo "make format   mend what lint and formatting can mend"
+	@echo "make site     render the report from the records in results/"
+	@echo "make clean    remove the environment and everything rendered"
+
+$(READY): pyproject.toml constraints.txt
+	@rm -f $@
+	@test -n "$(PYTHON)" && $(PYTHON) $(IS_NEW_ENOUGH) || { \
+	  echo "error: mimbench needs Python 3.11 or newer: install one, or say where it is: make PYTHON=/path/to/python" >&2; \
+	  exit 1; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version). torch is large: the first time takes minutes."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	@touch $@
+
+# One thread: on matrices as small as the demo's, several spend their time waiting for each other.
+demo: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/mimbench run --method cropmae --protocol linear
+	$(BIN)/mimbench report
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+site: $(READY)
+	$(BIN)/mimbench report
+
+clean:
+	rm -rf $(VENV) site/_build

@@ -1,0 +1,6 @@
+"""Methods, one folder each. In a clone they live in ``methods/`` at its top."""
+
+from mimbench.paths import clone
+
+if (_root := clone()) is not None:
+    __path__.insert(0, str(_root / "methods"))
