@@ -1,0 +1,175 @@
+"""Finding methods and protocols by reading their files: a folder or a file is its own registration.
+
+Nothing is imported until ``load_method`` or ``load_protocol`` is called, so listing stays instant.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mimbench import paths
+from mimbench.errors import ConfigError, UnknownName
+
+FAMILIES = ("baseline",)  # besides those of the catalogue of papers, which are free text
+_SLUG = re.compile(r"[a-z][a-z0-9_]*")
+_KEYS: dict[str, type] = {  # of method.toml, besides its presets
+    "title": str,
+    "family": str,
+    "protocols": list,
+    "arxiv": str,
+    "venue": str,
+    "year": int,
+    "code": str,
+    "licence": str,
+    "summary": str,
+    "deviations": list,
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """The identity of a method, read from its ``method.toml``."""
+
+    slug: str
+    folder: Path
+    title: str
+    family: str
+    protocols: tuple[str, ...]
+    arxiv: str = ""
+    venue: str = ""
+    year: int = 0
+    code: str = ""
+    licence: str = ""
+    summary: str = ""
+    deviations: tuple[str, ...] = ()
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def preset(self, name: str) -> dict[str, Any]:
+        """The settings of a preset, as nested tables over the defaults of the method's ``Config``."""
+        if name not in self.presets:
+            raise UnknownName(f"preset of {self.slug}", name, self.presets)
+        return self.presets[name]
+
+
+@dataclass(frozen=True)
+class ProtocolCard:
+    """The identity of a protocol, read from its file without running it."""
+
+    name: str
+    file: Path
+    version: int
+    summary: str
+    needs: tuple[str, ...]
+
+
+def _read_card(file: Path) -> Card:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"{file} cannot be read: {fault}") from None
+    slug = file.parent.name
+    presets = table.pop("preset", {})
+    for key, value in table.items():
+        if key not in _KEYS:
+            raise UnknownName(f"key in {file}", key, _KEYS)
+        if type(value) is not _KEYS[key]:
+            raise ConfigError(f"{file} has {key} = {value!r}, which should be of type {_KEYS[key].__name__}")
+    for name, preset in presets.items():
+        if not isinstance(preset, dict):
+            raise ConfigError(f"{file} has preset.{name} = {preset!r}, which should be a table")
+    for key in ("title", "family", "protocols"):
+        if not table.get(key):
+            raise ConfigError(f"{file} has no '{key}'")
+    if not _SLUG.fullmatch(slug):
+        raise ConfigError(f"{file.parent} is not a valid slug", "Use lower-case letters, digits and _")
+    for key in ("protocols", "deviations"):
+        table[key] = tuple(table.get(key, ()))
+    return Card(slug=slug, folder=file.parent, presets=presets, **table)
+
+
+@functools.cache
+def methods() -> dict[str, Card]:
+    """Every method found, by slug, in alphabetical order."""
+    return {f.parent.name: _read_card(f) for f in sorted(paths.methods().glob("*/method.toml"))}
+
+
+def method(slug: str) -> Card:
+    """The card of one method; an unknown slug raises with the nearest known ones."""
+    if slug not in methods():
+        raise UnknownName("method", slug, methods())
+    return methods()[slug]
+
+
+def load_method(slug: str, part: str = "method") -> ModuleType:
+    """The module ``method.py`` (or ``official.py``, ``model.py``) of a method's folder."""
+    card = method(slug)
+    if not (card.folder / f"{part}.py").is_file():
+        raise ConfigError(f"{card.folder} has no {part}.py")
+    return importlib.import_module(f"mimbench.methods.{slug}.{part}")
+
+
+def _read_protocol(file: Path) -> ProtocolCard:
+    tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    constants: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in ("VERSION", "NEEDS"):
+                constants[name] = ast.literal_eval(node.value)
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    if "VERSION" not in constants or "NEEDS" not in constants:
+        raise ConfigError(f"{file} must state VERSION and NEEDS")
+    return ProtocolCard(file.stem, file, constants["VERSION"], summary, tuple(constants["NEEDS"]))
+
+
+@functools.cache
+def protocols() -> dict[str, ProtocolCard]:
+    """Every protocol found, by name, in alphabetical order."""
+    return {f.stem: _read_protocol(f) for f in sorted(paths.protocols().glob("[a-z]*.py"))}
+
+
+def protocol(name: str) -> ProtocolCard:
+    """The card of one protocol; an unknown name raises with the nearest known ones."""
+    if name not in protocols():
+        raise UnknownName("protocol", name, protocols())
+    return protocols()[name]
+
+
+def load_protocol(name: str) -> ModuleType:
+    """The module of a protocol."""
+    protocol(name)
+    return importlib.import_module(f"mimbench.protocols.{name}")
+
+
+def code_hash(*places: Path) -> str:
+    """A short hash of Python sources, blind to comments, docstrings and layout.
+
+    A result made with another hash than today's is shown as stale.
+    """
+    files = sorted(f for place in places for f in (place.rglob("*.py") if place.is_dir() else [place]))
+    total = hashlib.sha256()
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [s for s in body if not _is_text(s)] or [ast.Pass()]  # type: ignore[attr-defined]
+        total.update(file.name.encode() + ast.dump(tree).encode())
+    return total.hexdigest()[:12]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
