@@ -1,0 +1,97 @@
+"""Batched augmentation on the device that trains.
+
+Operations take images (B, 3, H, W) with explicit parameters per image and are pure; samplers draw such
+parameters from a ``torch.Generator`` on the same device; views, ``rand_augment``, ``random_erasing`` and
+``random_mix`` do both.
+"""
+
+from mimbench.augment.colour import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    adjust_sharpness,
+    autocontrast,
+    blur_kernel_size,
+    brighten_shadows,
+    colour_jitter,
+    equalise,
+    gaussian_blur,
+    greyscale,
+    invert,
+    posterise,
+    random_jitter,
+    solarise,
+)
+from mimbench.augment.geometry import (
+    Interpolation,
+    affine,
+    as_float,
+    chance,
+    horizontal_flip,
+    image_sizes,
+    pad_and_crop,
+    random_boxes,
+    random_resized_crop_boxes,
+    resize_and_center_crop,
+    resized_crop,
+    rotation,
+    uniform,
+)
+from mimbench.augment.mixing import (
+    cutmix_weight,
+    draw_beta,
+    erase,
+    mix,
+    random_erasing,
+    random_mix,
+    soft_targets,
+)
+from mimbench.augment.randaugment import OPERATIONS, apply_operations, argument, rand_augment
+from mimbench.augment.views import crop_and_flip, shift_and_flip, simclr_view
+
+__all__ = [
+    "OPERATIONS",
+    "Interpolation",
+    "adjust_brightness",
+    "adjust_contrast",
+    "adjust_hue",
+    "adjust_saturation",
+    "adjust_sharpness",
+    "affine",
+    "apply_operations",
+    "argument",
+    "as_float",
+    "autocontrast",
+    "blur_kernel_size",
+    "brighten_shadows",
+    "chance",
+    "colour_jitter",
+    "crop_and_flip",
+    "cutmix_weight",
+    "draw_beta",
+    "equalise",
+    "erase",
+    "gaussian_blur",
+    "greyscale",
+    "horizontal_flip",
+    "image_sizes",
+    "invert",
+    "mix",
+    "pad_and_crop",
+    "posterise",
+    "rand_augment",
+    "random_boxes",
+    "random_erasing",
+    "random_jitter",
+    "random_mix",
+    "random_resized_crop_boxes",
+    "resize_and_center_crop",
+    "resized_crop",
+    "rotation",
+    "shift_and_flip",
+    "simclr_view",
+    "soft_targets",
+    "solarise",
+    "uniform",
+]
