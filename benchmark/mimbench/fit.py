@@ -1,0 +1,507 @@
+"""The training loop that pretraining and fine-tuning share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mimbench import checkpoint, config, seeds
+from mimbench.data import Batch, InMemory, Split
+from mimbench.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from mimbench.optim import learning_rate, make_optimizer, scaled, set_learning_rates
+from mimbench.progress import Progress
+
+FORMAT = 1  # of saved training state; raised when its meaning changes
+POINTS = 300  # most points of a curve
+CHECK_EVERY = 50  # steps after which losses are fetched from the device
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How something is trained. A method's ``Config.recipe`` gives the paper's values."""
+
+    epochs: float = 100  # passes over the training split
+    batch_size: int = 256  # images per optimizer step, over all accumulated parts
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    base_lr: float = 1e-3  # learning rate at a batch of lr_batch images
+    lr_batch: int = 256  # lr = base_lr * batch_size / lr_batch; 0: lr = base_lr
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    momentum: float = 0.9  # SGD, LARS
+    weight_decay: float = 0.05  # decoupled for AdamW, L2 for SGD and LARS
+    decay_vectors: bool = False  # whether biases and norm weights decay too
+    layer_decay: float = 1.0  # factor on the lr per layer below the top (needs layer_of)
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    schedule_unit: Literal["step", "epoch"] = "step"  # how often the lr changes after warm-up
+    warmup_epochs: float = 0  # linear rise to the peak
+    warmup_lr: float = 0.0  # base lr that the rise starts from, scaled like base_lr
+    min_lr: float = 0.0  # base lr that the cosine ends at, scaled like base_lr
+    milestones: tuple[float, ...] = ()  # multistep: epochs at which the lr is multiplied by gamma
+    gamma: float = 0.1  # multistep
+    clip_norm: float | None = None  # largest global gradient norm
+    accumulate: int = 1  # parts that a batch is split into, to save memory
+    ema: float | None = None  # decay of an average of the weights, which then replaces them at the end
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast
+    compile: bool = False  # torch.compile the model's forward
+    checkpoint_minutes: float = 5.0  # how often training state is saved
+
+    def __post_init__(self) -> None:
+        config.check(
+            self,
+            "recipe",
+            positive=("batch_size", "accumulate", "clip_norm", "layer_decay"),
+            not_negative=(
+                *("epochs", "base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "momentum"),
+                *("lr_batch", "milestones", "gamma", "checkpoint_minutes"),
+            ),
+            share=("ema",),
+        )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"recipe.betas = {list(self.betas)} should lie in [0, 1)")
+
+
+class Trainable(Protocol):
+    """What ``fit`` trains, an ``nn.Module``: a method's model, or a backbone with a head.
+
+    All that changes while it trains must be in its ``state_dict``, or an interrupted run would not go on
+    as it was. It may also have
+
+    - ``frame_gap``: least and most distance of ``Batch.frames``, in frames;
+    - ``parameter_groups(recipe)`` and ``layer_of(name)``: see ``mimbench.optim.parameter_groups``;
+    - ``after_step(progress)``: called without gradient after every optimizer step, with the share of
+      training done before that step, as in ``Batch.progress``. Here averaged teachers move.
+    """
+
+    needs: tuple[str, ...]  # of "labels", "masks", "frames": what views() reads beside the images
+
+    def views(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Augmented inputs and every random tensor, as keyword arguments of the forward.
+
+        With ``recipe.accumulate`` > 1 each tensor is cut along its first dimension, one entry per image.
+        """
+        ...
+
+    def __call__(self, **views: Tensor) -> Mapping[str, Tensor]:
+        """At least ``loss``, a mean over images; other scalars are logged."""
+        ...
+
+
+@dataclass
+class History:
+    """What a training run leaves besides the weights."""
+
+    # each entry is a mean over the steps since the one before: loss and logged scalars, with the step, epoch,
+    # images and lr at its end
+    curve: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    images: int = 0  # images seen
+    seconds: float = 0.0  # wall time of training, over all resumed parts
+    resumed: int = 0  # how many times training went on from a checkpoint
+    peak_memory: int = 0  # bytes on the GPU, or of the process
+    warnings: list[str] = field(default_factory=list)
+
+
+def fit(
+    model: Any,
+    split: Split,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    folder: Path | None = None,
+    name: str = "pretraining",
+) -> History:
+    """Trains ``model`` (see ``Trainable``) in place and leaves it on ``device``, in eval mode.
+
+    With a ``folder`` the training state is saved there every ``recipe.checkpoint_minutes``, when the user
+    interrupts, and at the end as ``model.safetensors`` and ``history.json``. The same call goes on where an
+    earlier one stopped, with the result that an uninterrupted run gives (bit for bit on a CPU), and
+    returns at once where an earlier one finished.
+
+    The last images of an epoch that do not fill a batch are left out; images are in another order in each
+    epoch. A batch larger than the split is cut to it, and the learning rate with it.
+
+    Raises NonFiniteLoss at the first loss or weight that is not a number, CheckpointError when the folder
+    holds another run or a damaged one, ResultsError when it cannot be written.
+    """
+    return _Training(model, split, recipe, seed, device, progress, folder, name).run()
+
+
+class _Training:
+    """One run of ``fit``."""
+
+    def __init__(
+        self,
+        model: Any,
+        split: Split,
+        recipe: Recipe,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+        folder: Path | None,
+        name: str,
+    ) -> None:
+        if not len(split):
+            raise DataError(f"'{split.dataset}' has no image in its part '{split.part}'")
+        self.history = History()
+        settings = config.to_dict(recipe)
+        del settings["checkpoint_minutes"]  # changes nothing in the weights
+        self.identity = {"format": FORMAT, "recipe": settings, "seed": seed, "data": split.fingerprint}
+        if len(split) < recipe.batch_size:
+            self.history.warnings.append(
+                f"a batch of {recipe.batch_size} was cut to the {len(split)} images there are"
+            )
+            recipe = dataclasses.replace(recipe, batch_size=len(split))
+        if 0 < recipe.epochs <= recipe.warmup_epochs:
+            self.history.warnings.append(
+                f"the warm-up of {recipe.warmup_epochs:g} epochs covers all of training ({recipe.epochs:g})"
+            )
+        self.model: nn.Module = model.to(device)
+        self.split = _resident(split, device)
+        self.recipe = recipe
+        self.seed = seed
+        self.device = device
+        self.progress = progress
+        self.folder = folder
+        self.name = name
+        self.steps_per_epoch = len(split) // recipe.batch_size
+        self.total = max(1, round(recipe.epochs * self.steps_per_epoch)) if recipe.epochs else 0
+        self.optimizer = make_optimizer(model, recipe)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.forward: Callable[..., Mapping[str, Tensor]] = torch.compile(model) if recipe.compile else model
+        self.average = _copy(model) if recipe.ema is not None else {}
+        self.step = 0
+        self.window: dict[str, tuple[float, int]] = {}  # sum and count of each scalar since the last point
+        self.pending: list[dict[str, Tensor]] = []  # scalars of the latest steps, still on the device
+        self.saved: Path | None = None
+
+    def run(self) -> History:
+        if self.folder and (self.folder / "history.json").exists():
+            return self._finished(self.folder)
+        if self.folder:
+            self._restore(self.folder)
+        self.before = self.history.seconds
+        self.began = self.last_save = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.model.train()
+        with _forked_rng(self.device), _deferred_interrupt() as interrupted:
+            steps = self.progress.track(self._batches(), self.name, total=self.total, start=self.step)
+            with contextlib.closing(steps):
+                for batch in steps:
+                    self._train(batch)
+                    if interrupted():
+                        self._save()
+                        raise KeyboardInterrupt
+                    if time.perf_counter() - self.last_save >= self.recipe.checkpoint_minutes * 60:
+                        self._save()
+        self._finish()
+        return self.history
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of all steps to come; the next is read while one is trained on."""
+        first, last = self.step, self.total
+        with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+            ahead = reader.submit(self._read, first) if first < last else None
+            for step in range(first, last):
+                assert ahead is not None
+                batch = ahead.result()
+                ahead = reader.submit(self._read, step + 1) if step + 1 < last else None
+                yield batch
+
+    def _read(self, step: int) -> Batch:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        size = self.recipe.batch_size
+        positions = _permutation(len(self.split), self.seed, epoch)[place * size : (place + 1) * size]
+        batch = self.split.batch(
+            positions,
+            self.device,
+            self.model.needs,  # type: ignore[arg-type]
+            getattr(self.model, "frame_gap", (1, 1)),
+            seeds.generator("cpu", self.seed, "frames", step),
+        )
+        batch.progress = step / self.total
+        return batch
+
+    def _train(self, batch: Batch) -> None:
+        """One optimizer step."""
+        recipe, model = self.recipe, self.model
+        with torch.no_grad():
+            generator = seeds.generator(self.device, self.seed, "views", self.step)
+            views = model.views(batch, generator)  # type: ignore[operator]
+        seeds.seed_everything(self.seed, "model", self.step)
+        scalars: dict[str, Tensor] = {}
+        for part, share in _parts(views, len(batch), recipe.accumulate):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                outputs = self.forward(**part)
+            (outputs["loss"] * share).backward()
+            for key, value in outputs.items():
+                if value.ndim == 0 and value.is_floating_point():
+                    value = value.detach().to(self.device, torch.float32) * share
+                    scalars[key] = scalars[key] + value if key in scalars else value
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, recipe.clip_norm)
+        lr = learning_rate(self.step, self.steps_per_epoch, recipe)
+        set_learning_rates(self.optimizer, lr, scaled(recipe.base_lr, recipe))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            if after_step := getattr(model, "after_step", None):
+                after_step(batch.progress)
+            if recipe.ema is not None:
+                _move(self.average, model, recipe.ema)
+        self.step += 1
+        self._log(scalars, lr)
+
+    def _log(self, scalars: dict[str, Tensor], lr: float) -> None:
+        self.pending.append(scalars)
+        every = math.ceil(self.total / POINTS)
+        at_point = self.step % every == 0 or self.step == self.total
+        if at_point or len(self.pending) == CHECK_EVERY:
+            self._fetch()
+        if at_point:
+            means = {key: total / count for key, (total, count) in self.window.items()}
+            self.window = {}
+            self.history.curve.append(
+                means
+                | {
+                    "step": self.step,
+                    "epoch": self.step / self.steps_per_epoch,
+                    "images": self.step * self.recipe.batch_size,
+                    "lr": lr,
+                }
+            )
+            self.progress.note(f"loss {means['loss']:.4f}")
+
+    def _fetch(self) -> None:
+        """Brings the pending scalars to the host in one transfer and stops at the first bad loss."""
+        if not self.pending:
+            return
+        flat = iter(torch.stack([value for scalars in self.pending for value in scalars.values()]).tolist())
+        first = self.step - len(self.pending)
+        for step, scalars in enumerate(self.pending, first + 1):
+            for key in scalars:
+                value = next(flat)
+                if math.isfinite(value):
+                    total, count = self.window.get(key, (0.0, 0))
+                    self.window[key] = (total + value, count + 1)
+                elif key == "loss":
+                    raise self._not_finite(f"the loss of {self.name} became {value} at step {step}")
+        self.pending = []
+
+    def _not_finite(self, problem: str) -> NonFiniteLoss:
+        kept = f"the last good checkpoint is {self.saved}" if self.saved else "no checkpoint had been saved"
+        remedies = ["a lower recipe.base_lr"]
+        if self.recipe.clip_norm is None:
+            remedies.append("recipe.clip_norm=1")
+        if self.recipe.precision != "fp32":
+            remedies.append("recipe.precision=fp32")
+        return NonFiniteLoss(f"{problem} of {self.total}; {kept}", f"Try {' or '.join(remedies)}")
+
+    def _settle(self) -> None:
+        """Makes sure that losses and weights are finite and brings the history up to date."""
+        self._fetch()
+        bad = [name for name, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise self._not_finite(
+                f"weights of {self.name} ({bad[0]}) were not finite after step {self.step}"
+            )
+        self.history.steps = self.step
+        self.history.images = self.step * self.recipe.batch_size
+        self.history.seconds = self.before + time.perf_counter() - self.began
+        self.history.peak_memory = max(self.history.peak_memory, _peak_memory(self.device))
+
+    def _save(self) -> None:
+        """Saves the training state, if there is a folder for it."""
+        if self.folder is None:
+            return
+        self._settle()
+        optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        trainer = {f"optimizer/{key}": v for key, v in optimizer.items()}
+        trainer |= {f"average/{key}": v for key, v in self.average.items()}
+        state = checkpoint.State(
+            self.step,
+            self.model.state_dict(),
+            trainer,
+            {
+                "identity": self.identity,
+                "history": dataclasses.asdict(self.history),
+                "window": self.window,
+            },
+        )
+        self.saved = checkpoint.write_state(self.folder, state)
+        self.last_save = time.perf_counter()
+
+    def _restore(self, folder: Path) -> None:
+        """Goes back to the newest training state in ``folder``, if there is one."""
+        for place in checkpoint.places(folder):
+            try:
+                state = checkpoint.read_state(place)
+            except CheckpointError as fault:
+                if place == checkpoint.places(folder)[-1]:
+                    raise
+                self.history.warnings.append(f"{fault} Went on from the checkpoint before it.")
+                shutil.rmtree(place)
+                continue
+            self._same_run(state.progress["identity"], place)
+            break
+        else:
+            return
+        warnings = self.history.warnings
+        self.history = History(**state.progress["history"])
+        self.history.warnings += [text for text in warnings if text not in self.history.warnings]
+        self.history.resumed += 1
+        self.window = {key: (total, count) for key, (total, count) in state.progress["window"].items()}
+        self.step = state.step
+        self.saved = place
+        checkpoint.load_strictly(self.model, state.weights, place / "model.safetensors")
+        groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "average": {}}
+        for key, value in state.trainer.items():
+            kind, _, rest = key.partition("/")
+            groups[kind][rest] = value
+        file = place / "trainer.safetensors"
+        checkpoint.restore_optimizer(self.model, self.optimizer, groups["optimizer"], file)
+        if groups["average"].keys() != self.average.keys():
+            raise CheckpointError(f"{file} does not fit the model: it averages other weights")
+        for key, value in groups["average"].items():
+            self.average[key].copy_(value)
+
+    def _finish(self) -> None:
+        """Swaps the averaged weights in and leaves ``model.safetensors`` and ``history.json``."""
+        self._settle()
+        if self.average and self.step:
+            self.model.load_state_dict(self.model.state_dict() | self.average)
+        self.model.eval()
+        if self.folder is None:
+            return
+        checkpoint.save_tensors(self.folder / "model.safetensors", self.model.state_dict())
+        # history.json comes last: a folder that has it is complete
+        content = {"identity": self.identity, "history": dataclasses.asdict(self.history)}
+        checkpoint.save_json(self.folder / "history.json", content)
+        checkpoint.remove_states(self.folder)
+
+    def _finished(self, folder: Path) -> History:
+        content = checkpoint.load_json(folder / "history.json")
+        self._same_run(content["identity"], folder)
+        file = folder / "model.safetensors"
+        checkpoint.load_strictly(self.model, checkpoint.load_tensors(file), file)
+        checkpoint.remove_states(folder)  # left when the run was killed at its very end
+        self.model.eval()
+        return History(**content["history"])
+
+    def _same_run(self, theirs: dict[str, Any], place: Path) -> None:
+        if theirs == self.identity:
+            return
+        was, now = _flat(theirs), _flat(self.identity)
+        changed = [
+            f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key)
+        ]
+        raise CheckpointError(
+            f"{place} holds another run: {'; '.join(changed)}", "Use another folder or delete this one"
+        )
+
+
+def _resident(split: Split, device: torch.device) -> Split:
+    """The split with its images on the GPU, where they take less than a quarter of the free memory."""
+    if device.type != "cuda" or not isinstance(split.store, InMemory):
+        return split
+    if split.store.images.nbytes > torch.cuda.mem_get_info(device)[0] / 4:
+        return split
+    return dataclasses.replace(split, store=InMemory(split.store.images.to(device)))
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=seeds.generator("cpu", seed, "order", epoch))
+
+
+def _parts(views: dict[str, Tensor], count: int, parts: int) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """The views of ``count`` images in parts, each with its share of the images."""
+    if parts == 1:
+        yield views, 1.0
+        return
+    for key, value in views.items():
+        if value.ndim and len(value) != count:
+            raise ConfigError(
+                f"recipe.accumulate needs one entry per image in every view, but '{key}' has {len(value)} "
+                f"for {count} images",
+                "Set recipe.accumulate to 1",
+            )
+    for chosen in torch.arange(count).chunk(parts):
+        rows = slice(int(chosen[0]), int(chosen[-1]) + 1)
+        yield {key: v[rows] if v.ndim else v for key, v in views.items()}, len(chosen) / count
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is averaged: parameters and floating-point buffers such as BatchNorm statistics."""
+    return {key: v.detach().clone() for key, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def _move(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model."""
+    state = model.state_dict()
+    torch._foreach_lerp_(list(average.values()), [state[key] for key in average], 1 - decay)
+
+
+def _flat(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{key}.{name}" if name else key: item
+        for key, value in tables.items()
+        for name, item in (value.items() if isinstance(value, dict) else [("", value)])
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on the GPU, or the process in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _forked_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Gives the caller's random state back at the end."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Holds Ctrl-C back until the step is done, as a step cut short cannot be resumed; not a second one."""
+    asked = False
+
+    def handler(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if usual:
+            signal.signal(signal.SIGINT, handler)
+    except ValueError:  # not the main thread, which no Ctrl-C reaches
+        usual = False
+    try:
+        yield lambda: asked
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
