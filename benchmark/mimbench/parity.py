@@ -1,0 +1,143 @@
+"""Golden vectors: the same weights, inputs and noise must give the authors' outputs.
+
+A case is ``NAME.npz`` with ``weights/<official key>``, inputs and outputs, beside ``NAME.json``, which names
+the official repository, the configuration, and how far float32 itself strays from float64.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mimbench import registry
+from mimbench.checkpoint import load_strictly
+from mimbench.errors import CheckpointError, DataError
+
+OUTPUT_TOLERANCE = 1e-5  # largest difference over the largest magnitude of the official array
+GRADIENT_TOLERANCE = 1e-4  # difference of a gradient's norm over the norm of all gradients
+ROUNDING_FACTOR = 3  # where the case's own float32 strays further from float64, that much times this
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One array of a case: how far ours is from the official one, and how far it may be."""
+
+    name: str
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+def read_case(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays of a case. Raises DataError for files that are missing or damaged."""
+    info = _description(file)
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as fault:
+        raise DataError(f"{file} cannot be read: {fault}") from None
+    expected = [name for name in info["arrays"] if "*" not in name] + ["grad_norm"]
+    if missing := [name for name in expected if name not in arrays]:
+        raise DataError(f"{file} lacks {', '.join(missing)}")
+    return info, arrays
+
+
+def cases_of(folder: Path, method: str | None = None) -> list[Path]:
+    """The cases in a folder, of one method or of every method that is here."""
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    found = [f for f in sorted(folder.glob("*.npz")) if f.with_suffix(".json").is_file()]
+    known = [f for f in found if slug_of(f) in registry.methods()]
+    return [f for f in known if slug_of(f) == method] if method else known
+
+
+def slug_of(file: Path) -> str:
+    """The method that a case is of."""
+    return str(_description(file)["slug"])
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """The JSON beside a case. Raises DataError when either file is missing or the JSON is damaged."""
+    place = file.with_suffix(".json")
+    for needed in (file, place):
+        if not needed.is_file():
+            raise DataError(f"there is no {needed}", "A case is NAME.npz with NAME.json beside it")
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as fault:
+        raise DataError(f"{place} cannot be read: {fault}") from None
+    if missing := [key for key in ("slug", "config", "arrays") if key not in content]:
+        raise DataError(f"{place} lacks {', '.join(missing)}")
+    return content
+
+
+def compare(slug: str, file: Path) -> list[Comparison]:
+    """Replays a case through our code and compares every output and every gradient norm."""
+    info, arrays = read_case(file)
+    official = registry.load_method(slug, "official")
+    if info["slug"] != slug:
+        raise CheckpointError(f"{file} is a case of '{info['slug']}', not of '{slug}'")
+    try:
+        config = official.config_from_official(info["config"])
+    except KeyError as fault:
+        raise DataError(f"the config of {file.with_suffix('.json')} lacks {fault}") from None
+    model: nn.Module = registry.load_method(slug).Model(config)
+    weights = {k.removeprefix("weights/"): _tensor(v) for k, v in arrays.items() if k.startswith("weights/")}
+    load_strictly(model, official.from_official(weights, config), file)
+
+    roles = {name: meta.get("role") for name, meta in info["arrays"].items()}
+    inputs = {name: _tensor(arrays[name]) for name, role in roles.items() if role == "input"}
+    model.train()
+    ours = official.replay(model, inputs)
+    ours["loss"].backward()
+    rounding = info.get("float32_rounding_against_float64_rerun", {})
+    rows = []
+    for name, role in roles.items():
+        if role != "output" or "*" in name or name == "grad_norm":
+            continue
+        if name not in ours:
+            raise CheckpointError(f"{slug}/official.py replays no output named '{name}' of {file.name}")
+        theirs = _tensor(arrays[name])
+        scale = float(theirs.abs().max()) or 1.0
+        difference = float((ours[name].detach().double() - theirs.double()).abs().max()) / scale
+        strays = rounding.get(f"{name}_relative", rounding.get(f"{name}_max_abs", 0.0) / scale)
+        rows.append(Comparison(name, difference, max(OUTPUT_TOLERANCE, ROUNDING_FACTOR * strays)))
+    return rows + _compare_gradients(model, official, config, arrays, rounding)
+
+
+def _compare_gradients(
+    model: nn.Module, official: Any, config: Any, arrays: dict[str, np.ndarray], rounding: dict[str, float]
+) -> list[Comparison]:
+    """The norm of every parameter's gradient, under the official names, and of all together."""
+    names = {k.removeprefix("grad_norms/") for k in arrays if k.startswith("grad_norms/")}
+    shapes = {n: _tensor(arrays[f"weights/{n}"]) for n in names}
+    total = float(arrays["grad_norm"])
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    # A key that from_official splits or joins is compared through the norm over all its parts.
+    worst = 0.0
+    for name in names:
+        parts = official.from_official({name: shapes[name]}, config)
+        squares = sum(float(gradients[p].double().square().sum()) for p in parts if p in gradients)
+        worst = max(worst, abs(squares**0.5 - float(arrays[f"grad_norms/{name}"])) / total)
+    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    each = ROUNDING_FACTOR * rounding.get("worst_parameter_grad_norm_difference_over_grad_norm", 0.0)
+    whole = ROUNDING_FACTOR * rounding.get("grad_norm_relative", 0.0)
+    return [
+        Comparison("grad_norm", abs(norm - total) / total, max(GRADIENT_TOLERANCE, whole)),
+        Comparison("grad_norms/* (worst)", worst, max(GRADIENT_TOLERANCE, each)),
+    ]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array))

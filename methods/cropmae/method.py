@@ -1,0 +1,200 @@
+"""Efficient Image Pre-Training with Siamese Cropped Masked Autoencoders (Eymaël et al., ECCV 2024, arXiv 2403.17823).
+
+Two crops of one image: a global one, seen in full, and a local one cut out of it, of which two patches
+stay visible. A decoder that attends from the local crop to the global one reconstructs the hidden
+patches, so the encoder learns to find correspondences without any video. Fed with two frames and a
+ratio of 95 % the same network is SiamMAE (Gupta et al., NeurIPS 2023), which this paper compares with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mimbench import augment
+from mimbench.data import Batch
+from mimbench.encoder import InputSpec, normalise
+from mimbench.errors import ConfigError
+from mimbench.fit import Recipe
+from mimbench.models.vit import ViT, ViTEncoder, ViTShape, patchify, sincos_positions
+
+RECIPE = Recipe(
+    epochs=400,
+    batch_size=2048,
+    base_lr=1e-4,
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    warmup_epochs=20,  # 5 % of the epochs
+    precision="bf16",
+)
+
+
+Pairs = Literal["global_to_local", "local_to_global", "random", "same", "frames"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Cross- and self-attention blocks from the masked view to the full one."""
+
+    width: int = 256  # channels of a token (authors' scripts)
+    depth: int = 4  # blocks (authors' scripts; ablated 2, 4, 8)
+    heads: int = 8  # attention heads (authors' scripts)
+    hidden: int = 2048  # width inside the MLP, whatever the decoder's width (authors' code)
+    dropout: float = 0.1  # on attention, MLP and residual branches (authors' code)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The setting of the authors' ImageNet script, ViT-S/16."""
+
+    image_size: int = 224  # side of both views, in pixels
+    backbone: ViTShape = ViTShape(16, 384, 12, 6)  # the siamese encoder
+    decoder: Decoder = Decoder()  # discarded after pretraining
+    mask_ratio: float = 0.985  # share of the second view's patches that are hidden: 2 of 196 stay
+    pairs: Pairs = "global_to_local"  # the two views (Sec. 3.2 and its ablation)
+    global_scale: tuple[float, float] = (0.1, 1.0)  # area of the global crop, share of the image
+    local_scale: tuple[float, float] = (0.3, 0.6)  # area of the local crop, share of the global crop
+    frame_gap: tuple[int, int] = (4, 48)  # frames between the two views when pairs = "frames" (SiamMAE)
+    flip: bool = True  # random horizontal flip, drawn for each view (for both at once with frames)
+    pool: Literal["class", "mean"] = "mean"  # what frozen probes read; the paper propagates patch tokens
+    recipe: Recipe = RECIPE  # authors' ImageNet script
+
+
+class DecoderBlock(nn.Module):
+    """Cross-attention, then MLP, then self-attention, each followed by its norm."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        width, dropout = decoder.width, decoder.dropout
+        self.multihead_attn = nn.MultiheadAttention(width, decoder.heads, dropout, batch_first=True)
+        self.linear1 = nn.Linear(width, decoder.hidden)
+        self.linear2 = nn.Linear(decoder.hidden, width)
+        self.self_attn = nn.MultiheadAttention(width, decoder.heads, dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)  # after self-attention; numbered as in the authors' code
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)  # after cross-attention
+        self.norm3 = nn.LayerNorm(width, eps=1e-6)  # after the MLP
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+        """Tokens of the masked view (B, 1 + L, D) that look at those of the full view (B, 1 + L, D)."""
+        found = self.multihead_attn(query, memory, memory, need_weights=False)[0]
+        query = self.norm2(query + self.dropout(found))
+        hidden = self.dropout(F.gelu(self.linear1(query)))
+        query = self.norm3(query + self.dropout(self.linear2(hidden)))
+        mixed = self.self_attn(query, query, query, need_weights=False)[0]
+        return self.norm1(query + self.dropout(mixed))
+
+
+class Model(nn.Module):
+    """One encoder for both views, a decoder from the masked view to the full one, MAE's loss."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.input = InputSpec(config.image_size)
+        self.needs = ("frames",) if config.pairs == "frames" else ()
+        self.frame_gap = config.frame_gap
+        shape, decoder = config.backbone, config.decoder
+        self.backbone = ViT(config.image_size, shape)
+        self.keep = int(self.backbone.tokens * (1 - config.mask_ratio))
+        if not 0 < self.keep < self.backbone.tokens:
+            raise ConfigError(
+                f"mask_ratio = {config.mask_ratio} leaves {self.keep} of {self.backbone.tokens} patches visible",
+                f"Two visible patches are mask_ratio = {1 - 2 / self.backbone.tokens}",
+            )
+        self.decoder_embed = nn.Linear(shape.width, decoder.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
+        table = sincos_positions(decoder.width, *self.backbone.grid)
+        self.register_buffer("decoder_pos_embed", torch.cat([torch.zeros(1, decoder.width), table])[None])
+        self.decoder_blocks = nn.ModuleList([DecoderBlock(decoder) for _ in range(decoder.depth)])
+        self.decoder_norm = nn.LayerNorm(decoder.width, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder.width, shape.patch_size**2 * 3)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """As MAE: Xavier-uniform matrices with the patch projection read as one; tokens from N(0, 0.02)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.backbone.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(len(projection), -1))
+        nn.init.normal_(self.backbone.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def views(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The view seen in full, the view to reconstruct, and the noise that ranks the latter's patches."""
+        config, size = self.config, self.config.image_size
+
+        def crop(images: Tensor, boxes: Tensor, flip: Tensor) -> Tensor:
+            return augment.resized_crop(images, boxes, size, flip=flip, interpolation="bilinear")
+
+        def boxes(extent: Tensor, scale: tuple[float, float]) -> Tensor:
+            return augment.random_resized_crop_boxes(extent, scale, generator)
+
+        def flips() -> Tensor:
+            return augment.chance(len(batch), 0.5 * config.flip, generator)
+
+        extent = augment.image_sizes(batch.images, batch.sizes)
+        box, flip = boxes(extent, config.global_scale), flips()
+        if config.pairs == "frames":
+            assert batch.frames is not None
+            first, second = crop(batch.images, box, flip), crop(batch.frames, box, flip)
+        elif config.pairs == "same":
+            first = second = crop(batch.images, box, flip)
+        elif config.pairs == "random":
+            first = crop(batch.images, box, flip)
+            second = crop(batch.images, boxes(extent, config.global_scale), flips())
+        else:
+            # The local crop is cut from the resized global crop, before either is flipped.
+            whole = crop(batch.images, box, torch.zeros_like(flip))
+            inner = boxes(torch.full_like(extent, size), config.local_scale)
+            first = torch.where(flip[:, None, None, None], whole.flip(3), whole)
+            second = crop(whole, inner, flips())
+            if config.pairs == "local_to_global":
+                first, second = second, first
+        noise = torch.rand(len(batch), self.backbone.tokens, generator=generator, device=batch.images.device)
+        return {
+            "images1": normalise(first, self.input),
+            "images2": normalise(second, self.input),
+            "noise": noise,
+        }
+
+    def encode_masked(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[class, visible patches] encoded, the mask (1 = hidden), and the permutation back to raster order."""
+        tokens = self.backbone.embed(images)
+        shuffle = noise.argsort(dim=1)
+        restore = shuffle.argsort(dim=1)
+        visible = tokens.gather(1, shuffle[:, : self.keep, None].expand(-1, -1, tokens.shape[2]))
+        return self.backbone(visible), (restore >= self.keep).to(tokens.dtype), restore
+
+    def decode(self, memory: Tensor, latent: Tensor, restore: Tensor) -> Tensor:
+        """Predicted pixels of the masked view (B, L, p*p*C). Only its tokens get the decoder's positions."""
+        memory, x = self.decoder_embed(memory), self.decoder_embed(latent)
+        hidden = restore.shape[1] + 1 - x.shape[1]
+        patches = torch.cat([x[:, 1:], self.mask_token.expand(len(x), hidden, -1)], dim=1)
+        patches = patches.gather(1, restore[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x, memory)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward(self, images1: Tensor, images2: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Both normalised views (B, 3, H, W) and noise (B, L); squared error on the hidden, normalised patches."""
+        memory = self.backbone(self.backbone.embed(images1))
+        latent, mask, restore = self.encode_masked(images2, noise)
+        pred = self.decode(memory, latent, restore)
+        target = patchify(images2, self.config.backbone.patch_size)
+        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        error = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(-1)
+        loss = (error * mask).sum() / mask.sum()
+        outputs = {"loss": loss, "pred": pred, "mask": mask, "latent": latent}
+        return {**outputs, "latent1": memory, "ids_restore": restore}
+
+    def encoder(self) -> ViTEncoder:
+        """The siamese encoder on full images."""
+        return ViTEncoder(self.backbone, self.input, self.config.pool)

@@ -1,0 +1,164 @@
+"""What must hold for every method that discovery finds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import re
+import tokenize
+from typing import Any
+
+import pytest
+import torch
+
+from mimbench import config, data, registry, seeds
+from mimbench.encoder import Encoder
+from mimbench.optim import make_optimizer
+
+SLUGS = list(registry.methods())
+TRAINED = [slug for slug in SLUGS if slug != "random_init"]
+
+
+def smoke(slug: str) -> Any:
+    """The method's model at the smoke preset, its weights drawn from a fixed seed."""
+    module = registry.load_method(slug)
+    settings = config.build(module.Config, registry.method(slug).preset("smoke"))
+    if getattr(settings, "classes", 0) is None:
+        settings = dataclasses.replace(settings, classes=10)
+    seeds.seed_everything("floor test")
+    return module.Model(settings)
+
+
+def batch(model: Any, size: int = 16) -> Any:
+    split = data.load("digit-scenes" if "frames" in model.needs else "digits").train
+    return split.batch(torch.arange(size), needs=tuple(model.needs))
+
+
+def step(model: Any) -> dict[str, torch.Tensor]:
+    seeds.seed_everything("dropout")
+    views = model.views(batch(model), seeds.generator("cpu", 0, "views"))
+    outputs = model(**views)
+    outputs["loss"].backward()
+    return outputs
+
+
+@pytest.mark.parametrize("slug", TRAINED)
+def test_a_step_gives_a_finite_loss_and_reaches_every_trained_parameter(slug: str) -> None:
+    model = smoke(slug).train()
+    loss = step(model)["loss"]
+    assert loss.ndim == 0
+    assert torch.isfinite(loss)
+    untouched = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.abs().sum() > 0)
+    ]
+    # A convolution before a norm whose scale starts at zero gets its gradient from the second step on.
+    optimizer = make_optimizer(model, model.config.recipe)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    optimizer.step()
+    optimizer.zero_grad()
+    step(model)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    still = [n for n in untouched if gradients[n] is None or not gradients[n].abs().sum() > 0]
+    assert not still
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert all(p.grad is None for p in frozen)
+
+
+@pytest.mark.parametrize("slug", TRAINED)
+def test_the_same_seed_gives_the_same_views_loss_and_gradients(slug: str) -> None:
+    first, second = smoke(slug).train(), smoke(slug).train()
+    assert torch.equal(step(first)["loss"], step(second)["loss"])
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("slug", TRAINED)
+def test_another_generator_gives_other_views(slug: str) -> None:
+    model = smoke(slug)
+    first = model.views(batch(model), seeds.generator("cpu", 0))
+    second = model.views(batch(model), seeds.generator("cpu", 1))
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_the_encoder_meets_the_contract(slug: str) -> None:
+    encoder = smoke(slug).encoder().eval()
+    assert isinstance(encoder, Encoder)
+    size, stride = encoder.input.size, encoder.stride
+    images = torch.randn(2, 3, size, size)
+    last = encoder.depth - 1
+    with torch.no_grad():
+        found = encoder(images, layers=(0, last))
+        wide = encoder(torch.randn(2, 3, size, 2 * size))
+    assert found.pooled.shape == (2, encoder.dim)
+    assert found.patches.shape == (2, encoder.dim, size // stride, size // stride)
+    assert len(found.layers) == 2
+    assert wide.patches.shape[2:] == (size // stride, 2 * size // stride)
+    # What one image gives must not depend on its neighbours in the batch.
+    with torch.no_grad():
+        alone = encoder(images[:1])
+    torch.testing.assert_close(alone.pooled, found.pooled[:1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_finetuning_works_on_a_copy_and_reaches_every_parameter(slug: str) -> None:
+    encoder = smoke(slug).encoder()
+    before = copy.deepcopy(encoder.state_dict())
+    tuned = encoder.for_finetuning(drop_path=0.0).train()
+    tuned(torch.randn(4, 3, encoder.input.size, encoder.input.size)).pooled.square().sum().backward()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+    layers = {name: tuned.layer_of(name) for name, _ in tuned.named_parameters()}
+    assert min(layers.values()) == 0
+    assert max(layers.values()) in (encoder.depth, encoder.depth + 1)
+    tokens = [n for n, p in tuned.named_parameters() if p.grad is None and "cls_token" not in n]
+    assert not tokens
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_the_card_is_complete_and_its_presets_build(slug: str) -> None:
+    card = registry.method(slug)
+    module = registry.load_method(slug)
+    assert {"paper", "cifar", "smoke"} <= set(card.presets)
+    assert card.summary
+    assert set(card.protocols) <= set(registry.protocols())
+    for name in card.presets:
+        config.build(module.Config, card.preset(name))
+    if card.family != "baseline":
+        assert re.fullmatch(r"\d{4}\.\d{4,5}", card.arxiv)
+        assert card.presets["paper"] == {}, "the defaults of Config are the paper's"
+        assert (card.folder / "reported.csv").is_file()
+        assert (card.folder / "official.py").is_file() or not card.code
+    assert (card.folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_setting_says_what_it_means(slug: str) -> None:
+    source = (registry.method(slug).folder / "method.py").read_text(encoding="utf-8")
+    lines = source.splitlines()
+    commented = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    module = registry.load_method(slug)
+    own = [
+        c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__
+    ]
+    for cls in own:
+        for field in dataclasses.fields(cls):
+            place = next(n for n, line in enumerate(lines, 1) if re.match(rf"    {field.name}: ", line))
+            assert place in commented, f"{cls.__name__}.{field.name} has no comment"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_a_method_stays_one_readable_file(slug: str) -> None:
+    lines = (registry.method(slug).folder / "method.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= 400
