@@ -1,0 +1,605 @@
+"""The ``mimbench`` command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mimbench.errors import ConfigError, MimbenchError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mimbench.record import Record
+    from mimbench.runner import Outcome
+
+app = typer.Typer(
+    help="Masked image modelling and self-supervised learning under one protocol.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+listing = typer.Typer(help="List what there is.", no_args_is_help=True, rich_markup_mode=None)
+new_app = typer.Typer(help="Add to the suite.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Look after data sets.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(listing, name="list")
+app.add_typer(data_app, name="data")
+app.add_typer(new_app, name="new")
+
+# A full disk, a place that is read-only, or a file where a folder is needed.
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)
+
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+
+# Newer typers carry a copy of click, so their errors are not click's: the class is found through typer's own.
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]
+
+Methods = Annotated[str, typer.Option("--method", "-m", help="One or several methods, separated by commas.")]
+Protocols = Annotated[
+    str, typer.Option("--protocol", "-p", help="One or several protocols; NAME:RECIPE picks a recipe.")
+]
+DatasetName = Annotated[
+    str, typer.Option("--dataset", "-d", help="A name or place: see 'mimbench list datasets'.")
+]
+EvalDataset = Annotated[
+    str | None, typer.Option(help="Evaluate on other data than the method was pretrained on.")
+]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset of the method; by default the one that suits the data.")
+]
+Seed = Annotated[int, typer.Option(help="The seed, or the first of several.")]
+Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", help="key=value of the method, or PROTOCOL.key=value; may be repeated.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def main() -> None:
+    """The entry point: runs the command and turns faults into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer has caught Ctrl-C; older ones raise Abort
+            raise KeyboardInterrupt
+    except MimbenchError as fault:
+        code = _fail(str(fault), fault.exit_code)
+    except _UsageError as fault:
+        message = fault.format_message()
+        if type(fault).__name__ == "NoArgsIsHelpError":  # the message is the help text
+            typer.echo(message)
+            sys.exit(0)
+        code = _fail(message, 2)
+    except (KeyboardInterrupt, typer.Abort) as fault:
+        if isinstance(fault.__cause__, EOFError):  # which typer takes for Ctrl-D
+            raise fault.__cause__ from None
+        code = _fail(
+            "interrupted. What was finished is recorded; the same command goes on from there.", INTERRUPTED
+        )
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except OSError as fault:
+        if fault.errno not in UNWRITABLE:
+            raise
+        code = _fail(f"{fault.filename or 'a file'} cannot be written: {fault.strerror}.", 2)
+    except RuntimeError as fault:
+        if type(fault).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name alone
+            raise
+        code = _fail(
+            "the device ran out of memory. Try a smaller recipe.batch_size or a larger recipe.accumulate.", 2
+        )
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"error: {message}", err=True)
+    return code
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise ConfigError("an empty list of names was given")
+    return names
+
+
+def _print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> None:
+    """A table on standard output; wide ones are not cut where the output is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table: Table = Table(
+        title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(
+            *(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row)
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, sort_keys=True))
+
+
+def _runs(may_pretrain: bool) -> Callable[..., None]:
+    """The commands ``run`` and ``evaluate``, which differ in whether they may pretrain."""
+
+    def command(
+        method: Methods,
+        protocol: Protocols,
+        dataset: DatasetName = "digits",
+        eval_dataset: EvalDataset = None,
+        preset: Preset = None,
+        seed: Seed = 0,
+        seeds: Seeds = 1,
+        set_: Settings = [],  # noqa: B006
+        device: Device = "auto",
+        force: Annotated[bool, typer.Option(help="Repeat what is recorded already.")] = False,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+    ) -> None:
+        from mimbench import runner
+        from mimbench.progress import Progress
+
+        request = runner.Request(
+            methods=_names(method),
+            protocols=_names(protocol),
+            dataset=dataset,
+            eval_dataset=eval_dataset,
+            preset=preset,
+            seeds=tuple(range(seed, seed + seeds)),
+            overrides=tuple(set_),
+            device=device,
+            force=force,
+            may_pretrain=may_pretrain,
+        )
+        outcomes: list[Outcome] = []
+        try:
+            outcomes.extend(runner.run(request, Progress(quiet=quiet)))
+        finally:  # what was finished before a fault or Ctrl-C is shown too
+            if as_json:
+                _print_json([dataclasses.asdict(outcome.record) for outcome in outcomes])
+            elif outcomes:
+                _print_outcomes(outcomes)
+
+    return command
+
+
+app.command("run", help="Pretrain a method, evaluate it, record the result.")(_runs(may_pretrain=True))
+app.command("evaluate", help="Evaluate what 'mimbench pretrain' has trained, and record the result.")(
+    _runs(may_pretrain=False)
+)
+
+
+def _print_outcomes(outcomes: list[Outcome]) -> None:
+    """One line a run, and the commands that repeat them."""
+    rows = []
+    for outcome in outcomes:
+        made = outcome.record
+        rows.append(
+            [
+                made.method.slug,
+                f"{made.protocol.name}:{made.protocol.recipe}",
+                made.data.name,
+                made.seed,
+                made.primary,
+                _value(made),
+                _seconds(made.pretrain.seconds),
+                _seconds(made.seconds["total"]),
+                "" if outcome.repeated else "recorded before",
+            ]
+        )
+    columns = [
+        "method",
+        "protocol",
+        "data",
+        "seed",
+        "metric",
+        "value [95 % interval]",
+        "pretraining",
+        "evaluation",
+        "",
+    ]
+    _print_table(columns, rows)
+    typer.echo("\nTo repeat:")
+    for outcome in outcomes:
+        typer.echo(f"  {outcome.record.command}")
+    typer.echo("To see it beside the paper's numbers:\n  mimbench report")
+
+
+def _value(made: Record) -> str:
+    score = made.score
+    unit = "" if score.unit in ("%", "") else f" {score.unit}"
+    if score.low is None:
+        return f"{score.value:.2f}{unit}"
+    return f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]{unit}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+@app.command()
+def pretrain(
+    method: Methods,
+    dataset: DatasetName = "digits",
+    preset: Preset = None,
+    seed: Seed = 0,
+    seeds: Seeds = 1,
+    set_: Settings = [],  # noqa: B006
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Pretrain a method and keep its weights; 'mimbench run' and 'evaluate' find them."""
+    from mimbench import runner
+    from mimbench.progress import Progress
+
+    request = runner.Request(
+        methods=_names(method),
+        dataset=dataset,
+        preset=preset,
+        seeds=tuple(range(seed, seed + seeds)),
+        overrides=tuple(set_),
+        device=device,
+    )
+    for trained in runner.pretrain_all(request, Progress(quiet=quiet)):
+        history = trained.history
+        last = f", loss {history.curve[-1]['loss']:.4f}" if history.curve else ""
+        typer.echo(
+            f"{trained.slug} seed {trained.seed}: {history.images} images in {_seconds(history.seconds)}{last}\n"
+            f"  {trained.folder / 'model.safetensors'}"
+        )
+
+
+@listing.command("methods")
+def list_methods(as_json: AsJson = False) -> None:
+    """The methods, one folder each."""
+    from mimbench import registry
+
+    cards = registry.methods().values()
+    if as_json:
+        _print_json(
+            {c.slug: {"title": c.title, "family": c.family, "presets": list(c.presets)} for c in cards}
+        )
+        return
+    rows = [[c.slug, f"{c.venue}", c.arxiv, c.title, ", ".join(c.presets)] for c in cards]
+    _print_table(["method", "venue", "arXiv", "title", "presets"], rows)
+
+
+@listing.command("protocols")
+def list_protocols(as_json: AsJson = False) -> None:
+    """The protocols, one file each."""
+    from mimbench import registry
+
+    cards = registry.protocols().values()
+    if as_json:
+        _print_json({c.name: {"version": c.version, "needs": c.needs, "summary": c.summary} for c in cards})
+        return
+    rows = [[c.name, c.version, ", ".join(c.needs), c.summary] for c in cards]
+    _print_table(["protocol", "version", "needs", ""], rows)
+
+
+@listing.command("datasets")
+def list_datasets(as_json: AsJson = False) -> None:
+    """The data sets that have a name, and the kinds of places."""
+    from mimbench.data.names import catalogue
+
+    if as_json:
+        _print_json(catalogue())
+        return
+    _print_table(["data set", ""], [[name, text] for name, text in catalogue().items()])
+
+
+@listing.command("runs")
+def list_runs(as_json: AsJson = False) -> None:
+    """The recorded runs, newest first."""
+    from mimbench import paths, record
+
+    records, faults = record.scan(paths.results())
+    records = sorted(records, key=lambda made: made.created, reverse=True)
+    if as_json:
+        _print_json([dataclasses.asdict(made) for made in records])
+        return
+    rows = [
+        [
+            made.id,
+            made.method.slug,
+            f"{made.protocol.name}:{made.protocol.recipe}",
+            made.data.name,
+            made.preset,
+            made.seed,
+            f"{made.primary} {_value(made)}",
+            made.created,
+            "stale" if record.stale(made) else "",
+        ]
+        for made in records
+    ]
+    _print_table(["run", "method", "protocol", "data", "preset", "seed", "result", "recorded", ""], rows)
+    for fault in faults:
+        typer.echo(f"warning: {fault}", err=True)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A run's id (or its beginning), or a method.")]) -> None:
+    """Everything about one run, as JSON; or a method's card and presets."""
+    from mimbench import config, paths, record, registry
+    from mimbench.errors import UnknownName
+
+    if name in registry.methods():
+        card = registry.method(name)
+        module = registry.load_method(name)
+        presets = {p: config.to_dict(config.build(module.Config, card.preset(p))) for p in card.presets}
+        facts = {"title": card.title, "arxiv": card.arxiv, "code": card.code, "summary": card.summary}
+        _print_json({**facts, "protocols": card.protocols, "deviations": card.deviations, "presets": presets})
+        return
+    records, _ = record.scan(paths.results())
+    found = [made for made in records if made.id.startswith(name)]
+    if len(found) > 1:
+        raise ConfigError(f"'{name}' begins {len(found)} runs", f"They are {', '.join(m.id for m in found)}")
+    if not found:
+        raise UnknownName("run or method", name, [*registry.methods(), *(made.id for made in records)])
+    _print_json(dataclasses.asdict(found[0]))
+
+
+@app.command()
+def report(
+    out: Annotated[Path | None, typer.Option(help="The folder to render to.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Render the leaderboard as a static site."""
+    from mimbench import paths
+    from mimbench.report import report as render
+
+    page = render(paths.results(), out or paths.site())
+    typer.echo(page)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(help="One select statement.")],
+    as_json: AsJson = False,
+) -> None:
+    """Ask the results database, which is opened for reading only."""
+    from mimbench import database, paths
+
+    for fault in database.update(paths.results()):
+        typer.echo(f"warning: {fault}", err=True)
+    columns, rows = database.query(sql, paths.results())
+    if as_json:
+        typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))
+        return
+    rounded = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
+    _print_table(columns, rounded)
+
+
+@app.command()
+def check(
+    run_: Annotated[bool, typer.Option("--run", help="First do the runs that are missing or stale.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Write the baselines from today's records instead.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare recorded metrics with their baselines; exit 1 when one has left its interval."""
+    from mimbench import check as regression
+    from mimbench import paths
+
+    folder = paths.results()
+    if update:
+        written, left_out = regression.update(folder)
+        for file in written:
+            typer.echo(file)
+        for reason in left_out:
+            typer.echo(f"left out: {reason}", err=True)
+        return
+    rows = regression.check(folder, run=run_)
+    if not rows:
+        raise ConfigError(
+            f"there are no baselines in {folder / 'baselines'}",
+            "'mimbench check --update' writes them from records",
+        )
+    if as_json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        columns = ["status", "method", "protocol", "data", "seeds", "metric", "value", "expected", ""]
+        _print_table(
+            columns,
+            [
+                [
+                    row.status if row.status in ("ok", "stale") else row.status.upper(),
+                    row.method,
+                    f"{row.protocol}:{row.recipe}",
+                    row.dataset,
+                    row.seeds,
+                    row.metric,
+                    None if row.value is None else f"{row.value:.2f}",
+                    None if row.low is None else f"{row.low:.2f} to {row.high:.2f}",
+                    row.note,
+                ]
+                for row in rows
+            ],
+        )
+    if regression.failed(rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    file: Annotated[Path, typer.Argument(help="An .npz with train, train_labels, test and test_labels.")],
+    protocol: Annotated[str, typer.Option("--protocol", "-p", help="knn, linear, or both.")] = "knn,linear",
+    set_: Settings = [],  # noqa: B006
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score features that were computed elsewhere; exit 1 when reference predictions in the file differ."""
+    from mimbench import runner
+    from mimbench import score as scoring
+    from mimbench.progress import Progress
+
+    found, agreements = scoring.score(
+        file, _names(protocol), set_, device=runner.choose_device(device), progress=Progress(quiet=quiet)
+    )
+    if as_json:
+        content = {"scores": found, "agreement": [{**vars(a), "passed": a.passed} for a in agreements]}
+        _print_json(json.loads(json.dumps(content, default=dataclasses.asdict)))
+    else:
+        for scored in found:
+            rows = [
+                [name, f"{m.value:.2f}", f"{m.low:.2f} to {m.high:.2f}", m.n]
+                for name, m in scored.metrics.items()
+            ]
+            _print_table(
+                ["metric", "value", "95 % interval", "test items"], rows, f"{scored.protocol}:{scored.recipe}"
+            )
+            for warning in scored.warnings:
+                typer.echo(f"warning: {warning}", err=True)
+            typer.echo()
+        rows = [
+            [
+                a.case,
+                f"{a.n - a.different} of {a.n}",
+                a.ties,
+                f"{a.top1:.2f}",
+                "" if a.objective_difference is None else f"{a.objective_difference:.1e}",
+                "ok" if a.passed else "DIFFERS",
+            ]
+            for a in agreements
+        ]
+        if rows:
+            columns = ["reference", "same label", "exact ties", "top1", "objective, relative difference", ""]
+            _print_table(columns, rows)
+    if not all(a.passed for a in agreements):
+        raise typer.Exit(1)
+
+
+@app.command()
+def parity(
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="The method; by default the case's.")
+    ] = None,
+    case: Annotated[Path | None, typer.Option(help="A case, NAME.npz with NAME.json beside it.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="A folder of cases; those of present methods are run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay golden vectors from official code through ours; exit 1 when an output differs."""
+    from mimbench import parity as lab
+
+    if (case is None) == (cases is None):
+        raise ConfigError("parity needs either --case FILE.npz or --cases FOLDER")
+    files = [case] if case else lab.cases_of(cases or Path(), method)
+    rows: list[list[Any]] = []
+    for file in files:
+        for found in lab.compare(method or lab.slug_of(file), file):
+            verdict = "ok" if found.passed else "DIFFERS"
+            rows.append([file.stem, found.name, f"{found.difference:.1e}", f"{found.tolerance:.1e}", verdict])
+    columns = ["case", "output", "relative difference", "allowed", ""]
+    if as_json:
+        _print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        _print_table(columns, rows)
+    if any(row[-1] != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def picture(
+    method: Annotated[str, typer.Argument(help="The method.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")],
+    preset: Annotated[str, typer.Option(help="A preset that suits small images.")] = "smoke",
+) -> None:
+    """Draw a method's views and masks on embedded images, by the code that trains."""
+    from mimbench import picture as drawing
+
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{out} does not end in .png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawing.views(method, preset).save(out, optimize=True)
+    typer.echo(out)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine offers and where mimbench reads and writes."""
+    from mimbench import paths, registry
+    from mimbench.environment import environment, git
+
+    facts = {**environment(), **git()}
+    places = {
+        "clone": paths.clone() or "none: installed as a wheel",
+        "data": paths.data() or "MIMBENCH_DATA is not set",
+        "cache": paths.cache(),
+        "results": paths.results(),
+        "methods": len(registry.methods()),
+        "protocols": len(registry.protocols()),
+    }
+    _print_table(["", ""], [[name, value] for name, value in {**places, **facts}.items()])
+
+
+@data_app.command("get")
+def data_get(name: Annotated[str, typer.Argument(help="The data set.")]) -> None:
+    """Find a data set, or download it where that is possible, and print where it is."""
+    from mimbench import data
+
+    typer.echo(data.get(name))
+
+
+@data_app.command("verify")
+def data_verify(
+    place: Annotated[str, typer.Argument(help="A data set or place.")], quiet: Quiet = False
+) -> None:
+    """Read every image; exit 1 and say what is wrong when something is."""
+    from mimbench import data
+    from mimbench.progress import Progress
+
+    findings = data.verify(place, Progress(quiet=quiet))
+    for finding in findings:
+        typer.echo(finding)
+    if findings:
+        raise typer.Exit(1)
+    typer.echo(f"{place}: every image reads, nothing is wrong")
+
+
+@new_app.command("method")
+def new_method(
+    slug: Annotated[str, typer.Argument(help="The folder's name: lower-case letters, digits and _.")],
+    title: Annotated[str, typer.Option(help="The paper's title.")],
+    arxiv: Annotated[str, typer.Option(help="The paper's arXiv id, such as 2111.06377.")],
+) -> None:
+    """Write a folder for a new method that runs and passes the tests, to be turned into the paper."""
+    from mimbench import scaffold
+
+    for file in scaffold.new_method(slug, title, arxiv):
+        typer.echo(file)

@@ -1,0 +1,524 @@
+"""The DuckDB database: built from the records, never the only place of anything.
+
+It is brought up to date in a copy that then takes its place, so a reader never sees half of it; a lock file
+lets one process do so at a time. What is damaged or of another layout is built anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimbench import config, paths, record, registry, reported
+from mimbench.environment import Facts
+from mimbench.errors import ResultsError
+from mimbench.record import MethodUsed, ProtocolUsed, Record
+
+if TYPE_CHECKING:
+    import duckdb
+
+LAYOUT = 1  # raised with every change of a table or a view
+NAME = "mimbench.duckdb"
+PATIENCE = 30.0  # seconds to wait for another program that holds the lock or the database
+
+_FACTS = {
+    **dict.fromkeys(("python", "mimbench", "torch", "torchvision", "timm", "numpy", "duckdb"), "VARCHAR"),
+    **dict.fromkeys(("os", "machine", "cpu"), "VARCHAR"),
+    **dict.fromkeys(("cores", "threads"), "BIGINT"),
+    "memory_gib": "DOUBLE",
+    **dict.fromkeys(("device", "gpu", "driver", "cuda"), "VARCHAR"),
+}
+_NUMBER = {"value": "DOUBLE", "low": "DOUBLE", "high": "DOUBLE", "n": "BIGINT", "unit": "VARCHAR"}
+TABLES: dict[str, dict[str, str]] = {
+    "runs": {
+        **dict.fromkeys(("id", "method", "preset", "backbone"), "VARCHAR"),
+        "seed": "BIGINT",
+        **dict.fromkeys(("protocol", "recipe", "dataset", "metric"), "VARCHAR"),
+        **_NUMBER,
+        "lower_is_better": "BOOLEAN",
+        "stale": "VARCHAR",  # why, or NULL
+        "created": "TIMESTAMP",  # UTC
+        "pretrain_dataset": "VARCHAR",
+        "epochs": "DOUBLE",
+        **dict.fromkeys(("steps", "images"), "BIGINT"),
+        **dict.fromkeys(("pretrain_seconds", "device_seconds"), "DOUBLE"),
+        **dict.fromkeys(("resumed", "peak_memory"), "BIGINT"),
+        **dict.fromkeys(("precision", "pretrain_key", "setting"), "VARCHAR"),
+        **dict.fromkeys(("n_train", "n_test"), "BIGINT"),
+        "data_note": "VARCHAR",
+        **dict.fromkeys(("parameters", "dim", "input_size"), "BIGINT"),
+        **dict.fromkeys(("readout", "fingerprint"), "VARCHAR"),
+        "protocol_version": "BIGINT",
+        **dict.fromkeys(("method_code", "protocol_code", "commit"), "VARCHAR"),
+        "dirty": "BOOLEAN",
+        **dict.fromkeys(("environment", "command"), "VARCHAR"),
+        **dict.fromkeys(("overrides", "config", "settings", "seconds", "details", "warnings"), "JSON"),
+    },
+    "metrics": {"run": "VARCHAR", "name": "VARCHAR", **_NUMBER},
+    "curves": {"run": "VARCHAR", "step": "DOUBLE", "name": "VARCHAR", "value": "DOUBLE"},
+    "environments": {"id": "VARCHAR", **_FACTS},
+    "papers": {
+        **dict.fromkeys(("slug", "title", "family", "arxiv", "venue"), "VARCHAR"),
+        "year": "BIGINT",
+        **dict.fromkeys(("code", "licence", "summary"), "VARCHAR"),
+        "baseline": "BOOLEAN",
+    },
+    "reported": {
+        "slug": "VARCHAR",
+        **dict.fromkeys(reported.COLUMNS, "VARCHAR"),
+        **dict.fromkeys(("value", "pretrain_epochs"), "DOUBLE"),
+    },
+    "files": {
+        "path": "VARCHAR",
+        **dict.fromkeys(("inode", "modified", "size"), "BIGINT"),
+        "run": "VARCHAR",
+        "fault": "VARCHAR",  # why the file is no record, or NULL
+    },
+    "student": {"df": "BIGINT", "t": "DOUBLE"},  # 97.5 % points of Student's t
+    "state": {"layout": "VARCHAR", "sources": "VARCHAR"},
+}
+
+VIEWS = """
+-- The runs that a mean is taken over: the newest of each seed, and stale ones only where all are stale.
+CREATE VIEW latest AS
+WITH marked AS (
+    SELECT *, bool_or(stale IS NULL) OVER (PARTITION BY setting, fingerprint, recipe, dataset) AS any_fresh
+    FROM runs
+)
+SELECT * EXCLUDE (any_fresh) FROM marked
+WHERE stale IS NULL OR NOT any_fresh
+QUALIFY row_number() OVER (
+    PARTITION BY setting, fingerprint, recipe, dataset, seed ORDER BY created DESC, id
+) = 1;
+
+-- A row per setting; ranks only within one way of scoring, shared where intervals overlap.
+CREATE VIEW leaderboard AS
+WITH means AS (
+    SELECT
+        protocol, recipe, dataset, fingerprint, metric, any_value(unit) AS unit, method, preset, setting,
+        any_value(backbone) AS backbone, any_value(pretrain_dataset) AS pretrain_dataset,
+        any_value(epochs) AS epochs, any_value(input_size) AS input_size, count(*) AS seeds,
+        avg(value) AS mean, stddev_samp(value) / sqrt(count(*)) AS error,
+        any_value(low) AS run_low, any_value(high) AS run_high, any_value(n) AS n,
+        bool_or(stale IS NOT NULL) AS stale, any_value(lower_is_better) AS lower_is_better
+    FROM latest
+    GROUP BY protocol, recipe, dataset, fingerprint, metric, method, preset, setting
+), ends AS (
+    SELECT means.*, coalesce(papers.baseline, false) AS baseline,
+        CASE WHEN seeds = 1 THEN run_low ELSE mean - coalesce(t, 1.96) * error END AS low,
+        CASE WHEN seeds = 1 THEN run_high ELSE mean + coalesce(t, 1.96) * error END AS high
+    FROM means LEFT JOIN student ON df = seeds - 1 LEFT JOIN papers ON slug = method
+)
+SELECT protocol, recipe, dataset, metric,
+    CASE WHEN NOT baseline THEN 1 + (
+        SELECT count(*) FROM ends AS o
+        WHERE o.protocol = e.protocol AND o.recipe = e.recipe AND o.dataset = e.dataset
+            AND o.fingerprint = e.fingerprint AND o.metric = e.metric AND NOT o.baseline
+            AND CASE WHEN e.lower_is_better THEN o.high < e.low ELSE o.low > e.high END
+    ) END AS rank,
+    method, preset, mean, low, high, unit, seeds, n, backbone, pretrain_dataset, epochs, input_size, stale,
+    fingerprint, setting
+FROM ends AS e
+ORDER BY protocol, recipe, dataset, fingerprint, metric, CASE WHEN lower_is_better THEN mean ELSE -mean END;
+
+CREATE MACRO plain(name) AS CASE regexp_replace(lower(name), '[^a-z0-9]', '', 'g')
+    WHEN 'imagenet' THEN 'imagenet1k' ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
+
+CREATE MACRO differs(ours, theirs) AS CASE WHEN plain(ours) IS NOT DISTINCT FROM plain(theirs) THEN NULL
+    ELSE 'ours ' || coalesce(ours, 'unknown') || ', reported ' || coalesce(theirs, 'not said') END;
+
+-- Ours beside what the method's own paper reports under the same protocol and metric. Each difference of
+-- setting has a column, NULL where there is none; a gap has a meaning only where all are NULL.
+CREATE VIEW comparison AS
+WITH pairs AS (
+    SELECT l.method, l.preset, l.protocol, l.metric, l.mean AS ours, l.low, l.high, l.seeds,
+        r.value AS reported, r.unit,
+        differs(l.dataset, r.dataset) AS data, differs(l.pretrain_dataset, r.pretrain_data) AS pretrain_data,
+        differs(l.backbone, r.backbone) AS backbone,
+        differs(printf('%g', l.epochs), printf('%g', r.pretrain_epochs)) AS epochs,
+        differs(l.input_size::VARCHAR, r.image_size) AS image_size,
+        -- A paper scores by its own recipe: ours is that one where it bears the paper's name.
+        CASE WHEN plain(l.recipe) <> plain(l.method) THEN 'ours ' || l.recipe END AS recipe,
+        CASE WHEN l.unit IS DISTINCT FROM r.unit THEN 'ours ' || l.unit || ', reported ' ||
+            coalesce(r.unit, 'not said') END AS units,
+        l.stale, r.source, r.locator, r.confidence
+    FROM leaderboard AS l JOIN reported AS r
+        ON r.slug = l.method AND r.method = l.method AND r.protocol = l.protocol
+        AND plain(r.metric) = plain(l.metric)
+)
+SELECT * EXCLUDE (units, stale, source, locator, confidence),
+    CASE WHEN coalesce(data, pretrain_data, backbone, epochs, image_size, recipe, units) IS NULL
+        THEN ours - reported END AS gap,
+    stale, source, locator, confidence
+FROM pairs;
+"""
+
+
+class _HeldError(ResultsError):
+    """Another program holds the database."""
+
+
+@dataclass
+class _Rows:
+    """Rows to insert, by table."""
+
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, table: str, **row: Any) -> None:
+        self.tables.setdefault(table, []).append(row)
+
+
+def update(folder: Path, patience: float = PATIENCE) -> list[str]:
+    """Brings ``mimbench.duckdb`` in a results folder up to date with its records and the methods' folders.
+
+    Reads only records that are new or changed. Returns a sentence for each file that is no sound record.
+    Raises ResultsError when another program holds the database for ``patience`` seconds, or when the folder
+    cannot be written; the records are not touched by either.
+    """
+    import duckdb
+    import filelock
+
+    main = folder / NAME
+    deadline = time.monotonic() + patience
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock", timeout=patience):
+            for orphan in folder.glob(f"{NAME}.*.tmp*"):  # of a process that was killed
+                orphan.unlink()
+            copy = folder / f"{NAME}.{secrets.token_hex(4)}.tmp"
+            try:
+                if not _begin(main, copy, folder, deadline):
+                    return _faults(main, deadline)
+                try:
+                    faults = _apply(copy, folder)
+                except duckdb.Error:
+                    copy.unlink(missing_ok=True)  # damaged where opening did not show it
+                    faults = _apply(copy, folder)
+                Path(f"{main}.wal").unlink(missing_ok=True)  # belongs to the file that goes
+                os.replace(copy, main)
+            finally:
+                copy.unlink(missing_ok=True)
+                Path(f"{copy}.wal").unlink(missing_ok=True)
+            return faults
+    except filelock.Timeout:
+        raise ResultsError(
+            f"{main} is being brought up to date by another process since more than {patience:.0f} s",
+            "Nothing is lost: the next run or query catches up with all records",
+        ) from None
+    except (OSError, duckdb.Error) as fault:
+        why = getattr(fault, "strerror", None) or _one_line(fault)
+        raise ResultsError(
+            f"{main} cannot be written: {why}",
+            "The records are complete without it. Set MIMBENCH_RESULTS to a folder that can be written",
+        ) from None
+
+
+_SEALED = {
+    "enable_external_access": "false",  # no other file, database or extension
+    "python_enable_replacements": "false",  # no variable of this process as a table
+    "lock_configuration": "true",  # and no way to change that
+}
+
+
+def query(sql: str, folder: Path, patience: float = 5.0) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Column names and rows of one select statement, which can neither write nor reach any other file.
+
+    Raises ResultsError with one line that says what is wrong with the statement or the database.
+    """
+    import duckdb
+
+    connection = _open(folder / NAME, time.monotonic() + patience, _SEALED)
+    try:
+        statements = connection.extract_statements(sql)
+        allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+        if len(statements) != 1 or statements[0].type not in allowed:
+            raise ResultsError("a query is one select statement", "The database is for reading only")
+        answer = connection.execute(statements[0])
+        return [column[0] for column in answer.description or ()], answer.fetchall()
+    except duckdb.Error as fault:
+        raise ResultsError(_one_line(fault)) from None
+    finally:
+        connection.close()
+
+
+def _one_line(fault: Exception) -> str:
+    """What DuckDB says, without the excerpt of the statement."""
+    text = str(fault).partition("\nLINE ")[0]
+    return " ".join(text.split())
+
+
+def _open(file: Path, deadline: float, settings: dict[str, Any] | None = None) -> duckdb.DuckDBPyConnection:
+    """A reading connection; waits until ``deadline`` for a program that holds the file for writing."""
+    import duckdb
+
+    if not file.is_file():
+        raise ResultsError(f"there is no results database at {file}", "Run 'mimbench run' first")
+    while True:
+        try:
+            return duckdb.connect(str(file), read_only=True, config=settings or {})
+        except duckdb.Error as fault:
+            if not _is_lock(fault):
+                raise ResultsError(
+                    f"{file} cannot be opened: {_one_line(fault)}", "'mimbench query' builds it anew"
+                ) from None
+            if time.monotonic() > deadline:
+                raise _HeldError(
+                    f"{file} is held by another program",
+                    "Close it and try again. Nothing is lost: the records are the truth",
+                ) from None
+        time.sleep(0.1)
+
+
+def _is_lock(fault: Exception) -> bool:
+    text = str(fault)
+    held = ("Could not set lock", "being used by another process", "with a different configuration")
+    return any(words in text for words in held)
+
+
+def _begin(main: Path, copy: Path, folder: Path, deadline: float) -> bool:
+    """Copies a sound database that is out of date. False when it is up to date.
+
+    Without a sound one no copy is made, and all is built from the records.
+    """
+    import duckdb
+
+    if not main.is_file():
+        return True
+    try:
+        reader = _open(main, deadline)
+    except _HeldError:
+        raise
+    except ResultsError:
+        return True
+    try:  # the open reader keeps any writer out while the file is copied
+        layout, sources = reader.execute("SELECT layout, sources FROM state").fetchone() or ("", "")
+        if layout != _layout():
+            return True
+        known = {row[0]: row[1:] for row in reader.execute(_KNOWN).fetchall()}
+        if known == _listing(folder) and sources == _sources():
+            return False
+        shutil.copyfile(main, copy)
+    except duckdb.Error:
+        return True
+    finally:
+        reader.close()
+    return True
+
+
+_KNOWN = "SELECT path, inode, modified, size FROM files"
+
+
+def _faults(main: Path, deadline: float) -> list[str]:
+    with _open(main, deadline) as reader:
+        return [row[0] for row in reader.execute(_FAULTS).fetchall()]
+
+
+_FAULTS = "SELECT fault FROM files WHERE fault IS NOT NULL ORDER BY path"
+
+
+def _apply(file: Path, folder: Path) -> list[str]:
+    """Brings the database ``file`` up to date, creating it where it does not exist."""
+    import duckdb
+
+    fresh = not file.is_file()
+    with duckdb.connect(str(file)) as connection:
+        connection.execute("BEGIN")
+        if fresh:
+            _create(connection)
+        known = {row[0]: row[1:] for row in connection.execute(_KNOWN).fetchall()}
+        present = _listing(folder)
+        gone = [path for path in known if present.get(path) != known[path]]
+        _forget(connection, gone)
+        rows = _Rows()
+        for path, (inode, modified, size) in present.items():
+            if known.get(path) != (inode, modified, size):
+                run, fault = _add_file(rows, folder / path, folder)
+                rows.add("files", path=path, inode=inode, modified=modified, size=size, run=run, fault=fault)
+        _insert(connection, rows)
+        connection.execute("DELETE FROM environments WHERE id NOT IN (SELECT environment FROM runs)")
+        _refresh_sources(connection)
+        connection.execute("COMMIT")
+        connection.execute("CHECKPOINT")
+        return [row[0] for row in connection.execute(_FAULTS).fetchall()]
+
+
+def _layout() -> str:
+    return config.digest(LAYOUT, record.SCHEMA, TABLES, VIEWS)
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, time of change and size of every record's file; a rewritten record has another inode."""
+    found = {}
+    for file in record.files(folder):
+        try:
+            facts = file.stat()
+        except FileNotFoundError:
+            continue
+        inode = facts.st_ino & (2**63 - 1)  # Windows fills all 64 bits
+        found[file.relative_to(folder).as_posix()] = (inode, facts.st_mtime_ns, facts.st_size)
+    return found
+
+
+def _sources() -> str:
+    """Changes with any file that papers, reported numbers and staleness are read from."""
+    files = [
+        *(f for f in paths.methods().glob("*/*") if f.suffix in (".py", ".toml", ".csv")),
+        *paths.protocols().glob("*.py"),
+    ]
+    return config.digest(*((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(files)))
+
+
+def _create(connection: duckdb.DuckDBPyConnection) -> None:
+    from scipy.stats import t
+
+    for table, columns in TABLES.items():
+        cells = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
+        connection.execute(f"CREATE TABLE {table} ({cells})")
+    connection.execute(VIEWS)
+    connection.executemany(
+        "INSERT INTO student VALUES (?, ?)", [(df, float(t.ppf(0.975, df))) for df in range(1, 61)]
+    )
+    connection.execute("INSERT INTO state VALUES (?, '')", [_layout()])
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, files: Iterable[str]) -> None:
+    for path in files:
+        for table, column in (("runs", "id"), ("metrics", "run"), ("curves", "run")):
+            connection.execute(
+                f"DELETE FROM {table} WHERE {column} IN (SELECT run FROM files WHERE path = ?)", [path]
+            )
+        connection.execute("DELETE FROM files WHERE path = ?", [path])
+
+
+def _add_file(rows: _Rows, file: Path, folder: Path) -> tuple[str | None, str | None]:
+    """Adds a record's rows; its id, or else what is wrong with it."""
+    try:
+        made = record.read_in_place(file, folder)
+    except ResultsError as fault:
+        return None, str(fault)
+    _add_run(rows, made)
+    return made.id, None
+
+
+def _add_run(rows: _Rows, made: Record) -> None:
+    from mimbench.report import LOWER_IS_BETTER
+
+    pretrain, data, encoder, protocol, score = (
+        *(made.pretrain, made.data, made.encoder, made.protocol, made.score),
+    )
+    environment = config.digest(made.environment)
+    rows.add("environments", id=environment, **{name: _fact(made.environment, name) for name in _FACTS})
+    rows.add(
+        "runs",
+        id=made.id,
+        method=made.method.slug,
+        preset=made.preset,
+        backbone=made.backbone,
+        seed=made.seed,
+        protocol=protocol.name,
+        recipe=protocol.recipe,
+        dataset=data.name,
+        metric=made.primary,
+        **vars(score),
+        lower_is_better=bool(LOWER_IS_BETTER.search(made.primary)),
+        stale=None,
+        created=datetime.fromisoformat(made.created).astimezone(UTC).replace(tzinfo=None),
+        pretrain_dataset=pretrain.dataset,
+        epochs=pretrain.epochs,
+        steps=pretrain.steps,
+        images=pretrain.images,
+        pretrain_seconds=pretrain.seconds,
+        device_seconds=pretrain.device_seconds,
+        resumed=pretrain.resumed,
+        peak_memory=pretrain.peak_memory,
+        precision=pretrain.precision,
+        pretrain_key=pretrain.key,
+        setting=record.setting(made),
+        n_train=data.n_train,
+        n_test=data.n_test,
+        data_note=data.note,
+        parameters=encoder.parameters,
+        dim=encoder.dim,
+        input_size=encoder.input_size,
+        readout=encoder.readout,
+        fingerprint=made.fingerprint,
+        protocol_version=protocol.version,
+        method_code=made.method.code_hash,
+        protocol_code=protocol.code_hash,
+        commit=made.git.get("commit"),
+        dirty=made.git.get("dirty"),
+        environment=environment,
+        command=made.command,
+        overrides=json.dumps(made.overrides),
+        config=json.dumps(made.config),
+        settings=json.dumps(protocol.settings),
+        seconds=json.dumps(made.seconds),
+        details=json.dumps(made.details),
+        warnings=json.dumps(made.warnings),
+    )
+    for name, metric in made.metrics.items():
+        rows.add("metrics", run=made.id, name=name, **vars(metric))
+    for position, point in enumerate(made.curve):
+        for name, value in point.items():
+            if name != "step":
+                rows.add("curves", run=made.id, step=point.get("step", position), name=name, value=value)
+
+
+def _fact(facts: Facts, name: str) -> Any:
+    value = facts.get(name)
+    return str(value) if _FACTS[name] == "VARCHAR" and value is not None else value
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, rows: _Rows) -> None:
+    """Inserts rows, table by table; an environment that is known already is left out."""
+    import pyarrow as pa
+
+    kinds = {
+        **{"VARCHAR": pa.string(), "JSON": pa.string(), "DOUBLE": pa.float64(), "BIGINT": pa.int64()},
+        **{"BOOLEAN": pa.bool_(), "TIMESTAMP": pa.timestamp("us")},
+    }
+    for table, content in rows.tables.items():
+        schema = pa.schema([(name, kinds[kind]) for name, kind in TABLES[table].items()])
+        connection.register("incoming", pa.Table.from_pylist(content, schema=schema))
+        new = " WHERE id NOT IN (SELECT id FROM environments)" if table == "environments" else ""
+        connection.execute(f"INSERT INTO {table} SELECT DISTINCT * FROM incoming{new}")
+        connection.unregister("incoming")
+
+
+def _refresh_sources(connection: duckdb.DuckDBPyConnection) -> None:
+    """Papers and reported numbers anew, and which runs are stale by today's code."""
+    rows = _Rows()
+    for slug, card in registry.methods().items():
+        texts = {
+            name: getattr(card, name) or None for name in ("arxiv", "venue", "code", "licence", "summary")
+        }
+        rows.add(
+            "papers",
+            **{"slug": slug, "title": card.title, "family": card.family, "year": card.year or None},
+            **texts,
+            baseline=card.family in registry.FAMILIES,
+        )
+    for row in reported.read_all():
+        rows.add("reported", **row)
+    connection.execute("DELETE FROM papers")
+    connection.execute("DELETE FROM reported")
+    _insert(connection, rows)
+    codes = "SELECT DISTINCT method, method_code, protocol, protocol_version, protocol_code FROM runs"
+    for slug, method_code, protocol, version, protocol_code in connection.execute(codes).fetchall():
+        why = record.stale_code(
+            MethodUsed(slug, method_code), ProtocolUsed(protocol, version, "", protocol_code, {})
+        )
+        connection.execute(
+            "UPDATE runs SET stale = ? WHERE method = ? AND method_code = ? AND protocol = ?"
+            " AND protocol_version = ? AND protocol_code = ? AND stale IS DISTINCT FROM ?",
+            [why, slug, method_code, protocol, version, protocol_code, why],
+        )
+    connection.execute("UPDATE state SET sources = ?", [_sources()])

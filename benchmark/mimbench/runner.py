@@ -1,0 +1,513 @@
+"""From a request (methods, protocols, data, seeds) to records: pretrain once, evaluate by every protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import filelock
+import torch
+from torch import Tensor, nn
+
+from mimbench import checkpoint, config, data, database, paths, record, registry, seeds
+from mimbench.data import Dataset, Split
+from mimbench.encoder import Encoder
+from mimbench.environment import environment, git
+from mimbench.errors import ConfigError, MimbenchError, ResultsError, UnknownName
+from mimbench.fit import History, Recipe, fit
+from mimbench.optim import make_optimizer
+from mimbench.progress import Progress
+from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
+from mimbench.task import Context, Result, Task
+
+# Masks come from these scenes where the data that was pretrained on has none.
+DENSE = {"digits": "digit-scenes"}
+DENSE_DEFAULT = "camvid"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as the command line gives it."""
+
+    methods: tuple[str, ...]
+    protocols: tuple[str, ...] = ()  # "name" or "name:recipe"
+    dataset: str = "digits"  # pretrained on, and evaluated on unless eval_dataset says otherwise
+    eval_dataset: str | None = None
+    preset: str | None = None  # none: the one that suits the data
+    seeds: tuple[int, ...] = (0,)
+    overrides: tuple[str, ...] = ()  # key=value of the method, or protocol.key=value
+    device: str = "auto"
+    force: bool = False  # repeat what is recorded already
+    may_pretrain: bool = True  # False: use what is pretrained, else fail
+
+
+@dataclass
+class Outcome:
+    """One line of the summary."""
+
+    record: Record
+    file: Path | None
+    repeated: bool  # False when an earlier record was found
+
+
+@dataclass
+class Pretrained:
+    """A method's model after training, with everything that says how it came to be."""
+
+    slug: str
+    config: Any
+    model: nn.Module
+    encoder: Encoder
+    split: Split
+    history: History
+    key: str
+    folder: Path
+    seed: int
+
+    @property
+    def recipe(self) -> Recipe:
+        recipe: Recipe = self.config.recipe
+        return recipe
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"'{name}' is not a device", "Try auto, cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"'{name}' is not a device that mimbench runs on", "Try auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no usable GPU here", "Use --device cpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ConfigError(f"there is no {name} here", f"The last one is {device.type}:{count - 1}")
+    return device
+
+
+def run(request: Request, progress: Progress) -> Iterator[Outcome]:
+    """Yields an outcome for every (method, seed, protocol), pretraining each (method, seed) once.
+
+    Every name, setting and data set is checked before anything is trained. A run that is recorded already
+    is not repeated unless ``request.force``.
+    """
+    plan = _Plan(request)
+    device = choose_device(request.device)
+    dataset = data.load(request.dataset, progress)
+    settings = {slug: plan.method_settings(slug, dataset) for slug in request.methods}
+    targets = _targets(plan, dataset, progress)
+    for slug in request.methods:
+        for seed in request.seeds:
+            pretrained: Pretrained | None = None
+            for protocol in plan.protocols:
+                job = _Job(
+                    request, plan, slug, seed, settings[slug], protocol, dataset, targets[protocol.name]
+                )
+                if (known := job.recorded()) is not None and not request.force:
+                    yield Outcome(known, job.file, repeated=False)
+                    continue
+                if pretrained is None:
+                    pretrained = pretrain(
+                        slug, settings[slug], dataset, seed, device, progress, may_train=request.may_pretrain
+                    )
+                yield job.evaluate(pretrained, device, progress)
+
+
+def pretrain_all(request: Request, progress: Progress) -> Iterator[Pretrained]:
+    """Pretrains every (method, seed) of a request."""
+    plan = _Plan(request)
+    device = choose_device(request.device)
+    dataset = data.load(request.dataset, progress)
+    settings = {slug: plan.method_settings(slug, dataset) for slug in request.methods}
+    for slug in request.methods:
+        for seed in request.seeds:
+            yield pretrain(slug, settings[slug], dataset, seed, device, progress)
+
+
+def pretrain(
+    slug: str,
+    settings: Any,
+    dataset: Dataset,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    *,
+    may_train: bool = True,
+) -> Pretrained:
+    """Trains a method, or loads what an earlier run trained with the same code, config, data and seed.
+
+    An interrupted training goes on where it stopped. When another process trains the same, this one waits
+    for it.
+    """
+    module = registry.load_method(slug)
+    split = dataset.train
+    key = pretraining_key(slug, settings, split, seed)
+    folder = paths.cache() / "pretrain" / slug / key
+    seeds.seed_everything(seed, "weights")
+    model: nn.Module = module.Model(settings)
+    for need in model.needs:  # type: ignore[union-attr]
+        if need not in split.offers:
+            raise ConfigError(
+                f"{slug} with these settings needs {need}, which '{dataset.name}' does not have",
+                "Choose other data with --dataset" + (": digit-scenes or camvid" if need == "frames" else ""),
+            )
+    if not may_train and not (folder / "history.json").is_file():
+        raise ConfigError(
+            f"{slug}, seed {seed}, has not been pretrained on '{dataset.name}' with these settings",
+            "Run 'mimbench pretrain' with the same options first",
+        )
+    train: Callable[..., History] = getattr(module, "pretrain", fit)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise MimbenchError(
+            f"the cache {folder} cannot be written: {fault.strerror}",
+            "Set MIMBENCH_CACHE to a folder that can",
+        ) from None
+    with _only_one(folder, f"{slug} on {dataset.name}, seed {seed}", progress):
+        checkpoint.save_json(folder / "config.json", {"method": slug, "config": config.to_dict(settings)})
+        history = train(
+            model,
+            split,
+            settings.recipe,
+            seed=seed,
+            device=device,
+            progress=progress,
+            folder=folder,
+            name=f"pretraining {slug}",
+        )
+    model.to(device).eval()
+    encoder = model.encoder()  # type: ignore[operator]
+    return Pretrained(slug, settings, model, encoder, split, history, key, folder, seed)
+
+
+def pretraining_key(slug: str, settings: Any, split: Split, seed: int) -> str:
+    """Names a pretraining by all that its weights depend on: code, config, data and seed."""
+    table = config.to_dict(settings)
+    table["recipe"].pop("checkpoint_minutes")
+    return config.digest(method_hash(slug), table, split.fingerprint, seed)
+
+
+def method_hash(slug: str) -> str:
+    """The hash of a method's folder and of the shared code that its weights depend on."""
+    shared = [paths.PACKAGE / name for name in ("models", "augment", "encoder.py", "fit.py", "optim.py")]
+    return registry.code_hash(registry.method(slug).folder, *(p for p in shared if p.exists()))
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path, what: str, progress: Progress) -> Iterator[None]:
+    """Holds the lock under which ``folder`` is trained; says so when another process has it."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        progress.say(f"another process is pretraining {what}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A protocol with the recipe and settings chosen for it."""
+
+    name: str
+    recipe: str
+    module: ModuleType
+    settings: Any
+
+
+class _Plan:
+    """A request with every name looked up and every setting checked."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        for slug in request.methods:
+            registry.method(slug)
+        asked = config.parse_overrides(request.overrides)
+        known = registry.protocols()
+        self.protocol_overrides = {k: v for k, v in asked.items() if k in known}
+        self.method_overrides = {k: v for k, v in asked.items() if k not in known}
+        self.protocols = [self._protocol(text) for text in request.protocols]
+        asked_for = {choice.name for choice in self.protocols}
+        for name in self.protocol_overrides:
+            if request.protocols and name not in asked_for:
+                raise ConfigError(f"settings for '{name}' were given, but it is not among the protocols")
+        for slug in request.methods:
+            card = registry.method(slug)
+            for choice in self.protocols:
+                if choice.name not in card.protocols:
+                    raise ConfigError(
+                        f"{slug} does not support the protocol '{choice.name}'",
+                        f"It supports {', '.join(card.protocols)}",
+                    )
+            if request.preset is not None:
+                self._build(slug, request.preset)
+
+    def _protocol(self, text: str) -> _Choice:
+        name, _, recipe = text.partition(":")
+        module = registry.load_protocol(name)
+        recipe = recipe or next(iter(module.RECIPES))
+        if recipe not in module.RECIPES:
+            raise UnknownName(f"recipe of {name}", recipe, module.RECIPES)
+        changes = self.protocol_overrides.get(name, {})
+        if not isinstance(changes, dict):
+            raise ConfigError(f"'{name}={changes}' sets a protocol as a whole", f"Write {name}.KEY=VALUE")
+        if "recipe" in changes:
+            raise ConfigError(
+                f"{name}.recipe is a name, not a setting", f"Write --protocol {name}:{changes['recipe']}"
+            )
+        table = config.merge(module.RECIPES[recipe], changes)
+        settings = config.build(module.Settings, table | {"recipe": recipe}, name)
+        return _Choice(name, recipe, module, settings)
+
+    def preset(self, dataset: Dataset) -> str:
+        return self.request.preset or dataset.default_preset
+
+    def _build(self, slug: str, preset: str) -> Any:
+        table = config.merge(registry.method(slug).preset(preset), self.method_overrides)
+        return config.build(registry.load_method(slug).Config, table)
+
+    def method_settings(self, slug: str, dataset: Dataset) -> Any:
+        """The method's Config; what only the data can tell (the number of classes) is filled in."""
+        settings = self._build(slug, self.preset(dataset))
+        if not hasattr(settings, "classes"):
+            return settings
+        count = len(dataset.train.classes)
+        if not count:
+            raise ConfigError(f"{slug} needs labels, which '{dataset.name}' does not have")
+        if settings.classes is not None and settings.classes < count:
+            raise ConfigError(f"classes = {settings.classes} are fewer than the {count} of '{dataset.name}'")
+        return dataclasses.replace(settings, classes=settings.classes or count)
+
+
+def _evaluation_data(request: Request, protocol: _Choice, dataset: Dataset) -> str:
+    """Where a protocol is evaluated: what was asked for, the pretraining data, or scenes with masks."""
+    if request.eval_dataset:
+        return request.eval_dataset
+    if "masks" in protocol.module.NEEDS and "masks" not in dataset.train.offers:
+        return DENSE.get(dataset.name, DENSE_DEFAULT)
+    return dataset.name
+
+
+def _targets(plan: _Plan, dataset: Dataset, progress: Progress) -> dict[str, Dataset]:
+    """What each protocol is evaluated on. Raises ConfigError for data that lacks what a protocol needs."""
+    loaded = {dataset.name: dataset}
+    found = {}
+    for protocol in plan.protocols:
+        place = _evaluation_data(plan.request, protocol, dataset)
+        if place not in loaded:
+            loaded[place] = data.load(place, progress)
+        found[protocol.name] = target = loaded[place]
+        for need in protocol.module.NEEDS:
+            if need not in target.train.offers or need not in target.test.offers:
+                raise ConfigError(
+                    f"{protocol.name} needs {need}, which '{target.name}' does not have",
+                    "Choose other data with --eval-dataset",
+                )
+    return found
+
+
+@dataclass
+class _Job:
+    """One protocol on one pretrained method."""
+
+    request: Request
+    plan: _Plan
+    slug: str
+    seed: int
+    settings: Any
+    protocol: _Choice
+    dataset: Dataset  # pretrained on
+    target: Dataset  # evaluated on
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What --set changed for this run: settings of the method, and of this protocol under its name."""
+        table = self.plan.protocol_overrides.get(self.protocol.name)
+        return {**self.plan.method_overrides, **({self.protocol.name: table} if table else {})}
+
+    @property
+    def id(self) -> str:
+        return record.run_id(
+            method=self.slug,
+            preset=self.plan.preset(self.dataset),
+            overrides=self.overrides,
+            pretrain_dataset=self.dataset.name,
+            protocol=self.protocol.name,
+            recipe=self.protocol.recipe,
+            dataset=self.target.name,
+            seed=self.seed,
+        )
+
+    @property
+    def file(self) -> Path:
+        return paths.results() / "runs" / self.slug / self.protocol.name / f"{self.id}.json"
+
+    @property
+    def command(self) -> str:
+        """What repeats this run, and nothing else."""
+        request, name = self.request, self.protocol.name
+        words = ["mimbench", "run", "--method", self.slug, "--protocol", f"{name}:{self.protocol.recipe}"]
+        words += ["--dataset", request.dataset, "--preset", self.plan.preset(self.dataset)]
+        if request.eval_dataset:
+            words += ["--eval-dataset", request.eval_dataset]
+        words += ["--seed", str(self.seed)]
+        others = set(registry.protocols()) - {name}
+        for item in request.overrides:
+            if item.partition("=")[0].partition(".")[0].strip() not in others:
+                words += ["--set", item]
+        return shlex.join(words)
+
+    def recorded(self) -> Record | None:
+        """The record of an earlier run with today's code, settings and data, if there is a sound one."""
+        if not self.file.is_file():
+            return None
+        try:
+            earlier = record.read(self.file)
+        except ResultsError:  # damaged: the run is repeated and replaces it
+            return None
+        same = (
+            earlier.data.fingerprint == self.target.fingerprint
+            and earlier.pretrain.data_fingerprint == self.dataset.train.fingerprint
+            and earlier.config == config.to_dict(self.settings)  # a preset may have been edited
+        )
+        return earlier if same and record.stale(earlier) is None else None
+
+    def evaluate(self, pretrained: Pretrained, device: torch.device, progress: Progress) -> Outcome:
+        """Runs the protocol and records what it found."""
+        name = self.protocol.name
+        # What a protocol trains goes on after an interruption, but not after a change of code or settings.
+        work = config.digest(pretrained.key, self.id, record.protocol_code(name), self.protocol.settings)
+        folder = paths.cache() / "evaluate" / self.slug / work
+        context = Context(
+            device,
+            self.seed,
+            progress,
+            workdir=folder,
+            cache=pretrained.folder / "features",
+            pretrain_step=pretraining_step(pretrained, device),
+        )
+        encoder = copy.deepcopy(pretrained.encoder)
+        encoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
+        progress.say(f"evaluating {self.slug} by {name}:{self.protocol.recipe} on {self.target.name}")
+        began = time.perf_counter()
+        result: Result = self.protocol.module.evaluate(
+            encoder, Task(self.target.train, self.target.test), self.protocol.settings, context
+        )
+        context.seconds["total"] = time.perf_counter() - began
+        made = self._record(pretrained, encoder, result, context)
+        file = record.write(made, paths.results())
+        shutil.rmtree(folder, ignore_errors=True)  # recorded: nothing is left to resume
+        for warning in made.warnings:
+            progress.say(f"warning: {warning}")
+        try:
+            database.update(paths.results())
+        except ResultsError as fault:  # the record is safe, and the next update catches up
+            progress.say(f"warning: the database was not brought up to date: {fault}")
+        return Outcome(made, file, repeated=True)
+
+    def _record(self, pretrained: Pretrained, encoder: Encoder, result: Result, context: Context) -> Record:
+        history, choice = pretrained.history, self.protocol
+        return Record(
+            command=self.command,
+            method=MethodUsed(self.slug, record.method_code(self.slug)),
+            protocol=ProtocolUsed(
+                choice.name,
+                registry.protocol(choice.name).version,
+                choice.recipe,
+                record.protocol_code(choice.name),
+                config.to_dict(choice.settings),
+            ),
+            config=config.to_dict(self.settings),
+            preset=self.plan.preset(self.dataset),
+            overrides=self.overrides,
+            seed=self.seed,
+            pretrain=Pretraining(
+                dataset=self.dataset.name,
+                data_fingerprint=self.dataset.train.fingerprint,
+                key=pretrained.key,
+                images=history.images,
+                steps=history.steps,
+                epochs=self.settings.recipe.epochs,
+                seconds=history.seconds,
+                device_seconds=history.seconds,
+                resumed=history.resumed,
+                peak_memory=history.peak_memory,
+                precision=self.settings.recipe.precision,
+            ),
+            data=DataUsed(
+                self.target.name,
+                self.target.fingerprint,
+                self.target.test.note,
+                len(self.target.train),
+                len(self.target.test),
+            ),
+            encoder=EncoderUsed(
+                parameters=sum(p.numel() for p in encoder.parameters()),  # type: ignore[attr-defined]
+                readout=encoder.readout,
+                dim=encoder.dim,
+                input_size=encoder.input.size,
+                input_mean=list(encoder.input.mean),
+                input_std=list(encoder.input.std),
+            ),
+            backbone=encoder.name,
+            environment=environment(str(context.device)),
+            git=git(),
+            seconds=dict(context.seconds),
+            curve=history.curve,
+            metrics=result.metrics,
+            primary=result.primary,
+            details=result.details,
+            correct=None if result.correct is None else record.pack(result.correct),
+            warnings=[*history.warnings, *result.warnings],
+        )
+
+
+def pretraining_step(
+    pretrained: Pretrained, device: torch.device
+) -> Callable[[int], Callable[[], Tensor]] | None:
+    """For a batch size, a function that does one step of this method's own training and returns the loss.
+
+    It works on a copy, so that what is measured does not change what is evaluated. None for a method that
+    is not trained.
+    """
+    if not pretrained.recipe.epochs:
+        return None
+
+    def prepare(batch_size: int) -> Callable[[], Tensor]:
+        model: Any = copy.deepcopy(pretrained.model).to(device).train()
+        optimizer = make_optimizer(model, pretrained.recipe)
+        positions = torch.arange(batch_size) % len(pretrained.split)
+        draw = seeds.generator("cpu", pretrained.seed, "frames", 0)
+        batch = pretrained.split.batch(
+            positions, device, model.needs, getattr(model, "frame_gap", (1, 1)), draw
+        )
+        generator = seeds.generator(device, pretrained.seed, "throughput")
+
+        def step() -> Tensor:
+            with torch.no_grad():
+                views = model.views(batch, generator)
+            loss: Tensor = model(**views)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        return step
+
+    return prepare
