@@ -1,0 +1,550 @@
+"""The report: what it claims of the records, and pages that hold together whatever the records hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from mimbench import database, record, registry
+from mimbench import report as rendering
+from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
+from mimbench.task import Metric
+
+HOSTILE = "<script>alert(1)</script>\"'&" + "x" * 90 + " \u05e9\u05dc\u05d5\u05dd \u202eevil"
+REPORTED_HEADER = (
+    "method,backbone,pretrain_data,pretrain_epochs,image_size,protocol,dataset,metric,value,unit,source,"
+    "locator,confidence\n"
+)
+
+
+def card(folder: Path, slug: str, family: str = "image-ssl", **more: Any) -> registry.Card:
+    place = folder / slug
+    place.mkdir(parents=True)
+    (place / "method.py").write_text(f"SLUG = {slug!r}\n")
+    protocols = ("linear", "robustness")
+    return registry.Card(
+        slug=slug, folder=place, title=f"On {slug}", family=family, protocols=protocols, **more
+    )
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, registry.Card]]:
+    """Two methods, a floor and a ceiling, and two protocols, in place of the clone's."""
+    cards = [
+        card(
+            tmp_path / "methods",
+            "alpha",
+            arxiv="2111.06377",
+            venue="CVPR 2022",
+            code="someone/alpha",
+            licence="MIT",
+            summary="Hides most of the image and asks for the rest.",
+            deviations=("Trained for fewer epochs.",),
+        ),
+        card(tmp_path / "methods", "beta", code="javascript:alert(1)"),
+        card(tmp_path / "methods", "noise", "baseline"),
+        card(tmp_path / "methods", "labels", "baseline"),
+    ]
+    protocols = {}
+    for name in ("linear", "robustness"):
+        file = tmp_path / "protocols" / f"{name}.py"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            f'"""Scores by {name}.\n\nA second paragraph.\n"""\nVERSION = 1\nNEEDS = ("labels",)\n'
+        )
+        protocols[name] = registry.ProtocolCard(name, file, 1, f"Scores by {name}.", ("labels",))
+    found = {card.slug: card for card in cards}
+    monkeypatch.setattr(registry, "methods", lambda: found)
+    monkeypatch.setattr(registry, "protocols", lambda: protocols)
+    for cached in (record.method_code, record.protocol_code):
+        cached.cache_clear()
+    yield found
+    for cached in (record.method_code, record.protocol_code):
+        cached.cache_clear()
+
+
+def made(slug: str = "alpha", value: float = 60.0, seed: int = 0, half: float = 1.0, **more: Any) -> Record:
+    """A record of ``slug`` under ``linear`` with the interval ``value`` +- ``half``; ``more`` replaces fields."""
+    known = slug in registry.methods()
+    epochs = more.pop("epochs", 0 if slug == "noise" else 20)
+    recipe, name = more.pop("recipe", "cached"), more.pop("protocol", "linear")
+    fields: dict[str, Any] = {
+        "command": f"mimbench run --method {slug} --protocol {name} --seed {seed}",
+        "method": MethodUsed(slug, record.method_code(slug) if known else "gone"),
+        "protocol": ProtocolUsed(
+            name,
+            1,
+            recipe,
+            record.protocol_code(name),
+            {"recipe": recipe, "pool": "mean", "training": {"lr": 0.1}},
+        ),
+        "config": {"mask_ratio": 0.75, "recipe": {"epochs": epochs, "betas": [0.9, 0.95]}},
+        "preset": "smoke",
+        "overrides": {},
+        "seed": seed,
+        "pretrain": Pretraining(
+            "digits", "d1", f"{slug}-{seed}", epochs * 1437, epochs * 12, epochs, 61.5, 61.5, 0, 10**8, "fp32"
+        ),
+        "data": DataUsed("digits", "d1", "", 1437, 360),
+        "encoder": EncoderUsed(800_000, "mean of the patch tokens", 64, 32, [0.5] * 3, [0.25] * 3),
+        "backbone": "vit 4x64/4",
+        "environment": {"python": "3.11.7", "torch": "2.13.0", "cpu": "A processor", "gpu": None},
+        "git": {"commit": "0" * 40, "dirty": False},
+        "seconds": {"features": 1.25, "total": 4.5},
+        "curve": [
+            {"step": s, "epoch": s / 12, "lr": 1e-3, "loss": 1 / (1 + s / 50) + 0.01 * seed}
+            for s in range(epochs * 12)
+        ],
+        "metrics": {
+            "top1": Metric(value, value - half, value + half, 360),
+            "top5": Metric(95.0, 94.0, 96.0, 360),
+        },
+        "primary": "top1",
+        "created": f"2026-11-{10 + seed % 20:02d}T12:00:00+00:00",
+    }
+    return Record(**(fields | more))
+
+
+def tables(*records: Record, papers: Any = ()) -> list[rendering.Table]:
+    return rendering.tables(records, papers)
+
+
+def render(tmp_path: Path, *records: Record) -> Path:
+    for each in records:
+        record.write(each, tmp_path / "results")
+    return rendering.report(tmp_path / "results", tmp_path / "site").parent
+
+
+# What it claims
+
+
+def test_only_equal_fingerprints_share_a_table(suite: Any) -> None:
+    found = tables(
+        made("alpha"), made("beta"), made("beta", recipe="mae"), made("alpha", protocol="robustness")
+    )
+    shown = [(t.protocol, t.recipe, [r.method for r in t.rows]) for t in found]
+    assert shown == [
+        ("linear", "cached", ["alpha", "beta"]),
+        ("linear", "mae", ["beta"]),
+        ("robustness", "cached", ["alpha"]),
+    ]
+    assert len({t.fingerprint for t in found}) == len({t.anchor for t in found}) == 3
+
+
+def test_a_row_is_the_mean_of_its_seeds_with_students_interval(suite: Any) -> None:
+    row = tables(made(value=60, seed=0), made(value=61, seed=1), made(value=65, seed=2))[0].rows[0]
+    # 62 +- t(0.975, 2 df) * s / sqrt(3) with s = sqrt(7), t = 4.302653
+    assert (row.mean, row.seeds) == (62, (0, 1, 2))
+    assert row.high == pytest.approx(62 + 4.302653 * 7**0.5 / 3**0.5, abs=1e-5)
+    alone = tables(made(value=60, seed=5, half=2))[0].rows[0]
+    assert (alone.mean, alone.low, alone.high) == (60, 58, 62)
+
+
+def test_other_settings_are_other_rows(suite: Any) -> None:
+    pairs = [
+        made(),
+        made(epochs=40),
+        made(preset="cifar"),
+        made(config={"mask_ratio": 0.9}, overrides={"mask_ratio": 0.9}),
+    ]
+    rows = tables(*pairs)[0].rows
+    assert len(rows) == 4
+    assert {row.overrides for row in rows} == {"", "mask_ratio=0.9"}
+
+
+def test_a_mean_never_mixes_code(suite: Any) -> None:
+    old = MethodUsed("alpha", "other")
+    fresh, former = made(value=60, seed=0), made(value=90, seed=1, method=old)
+    row = tables(fresh, former)[0].rows[0]
+    assert (row.mean, row.seeds, row.stale) == (60, (0,), "")
+    row = tables(former)[0].rows[0]
+    assert "the code of alpha has changed" in row.stale
+
+
+def test_the_newest_run_of_a_seed_counts(suite: Any) -> None:
+    late = made(value=70, created="2026-12-01T00:00:00+00:00")
+    assert tables(late, made(value=60))[0].rows[0].mean == 70
+
+
+def test_best_first_in_the_metrics_own_direction(suite: Any) -> None:
+    def mce(slug: str, value: float) -> Record:
+        return made(slug, metrics={"mce": Metric(value, value - 1, value + 1, 360)}, primary="mce")
+
+    assert [r.method for r in tables(made("alpha", 60), made("beta", 70))[0].rows] == ["beta", "alpha"]
+    found = tables(mce("alpha", 60), mce("beta", 70))[0]
+    assert [(r.method, r.rank) for r in found.rows] == [("alpha", "1"), ("beta", "2")]
+
+
+def test_ranks_say_only_what_intervals_separate(suite: Any, tmp_path: Path) -> None:
+    for slug in ("c", "d", "e"):
+        suite[slug] = card(tmp_path / "methods", slug)
+    found = tables(
+        made("alpha", 90, half=1),  # above all
+        made("beta", 80, half=2),  # overlaps c
+        made("c", 77, half=2),
+        made("d", 72, half=12),  # overlaps beta and c, though not alpha
+        made("e", 50, half=1),
+        made("labels", 95, half=1),  # a baseline takes no place
+    )[0]
+    assert [(r.method, r.rank, r.tied) for r in found.rows] == [
+        ("labels", "", False),
+        ("alpha", "1", False),
+        ("beta", "2–4", False),
+        ("c", "2–4", True),
+        ("d", "2–4", True),
+        ("e", "5", False),
+    ]
+
+
+def test_a_row_without_interval_is_separated_from_none(suite: Any) -> None:
+    bare = made("beta", 10, metrics={"top1": Metric(10.0)})
+    assert [r.rank for r in tables(made("alpha", 90), bare)[0].rows] == ["1–2", "1–2"]
+    assert [r.rank for r in tables(made("alpha", 90), made("noise"))[0].rows] == ["–", ""]
+
+
+def test_baselines_are_lines_for_the_same_backbone(suite: Any) -> None:
+    found = tables(
+        made("alpha", 60), made("noise", 40), made("labels", 90), made("beta", 70, backbone="resnet18-cifar")
+    )[0]
+    rows = {row.method: row for row in found.rows}
+    assert (rows["noise"].role, rows["labels"].role, rows["alpha"].role) == ("floor", "ceiling", "")
+    assert {line["role"] for line in rows["alpha"].strip["lines"]} == {"floor", "ceiling"}
+    assert rows["beta"].strip["lines"] == []
+    floor, mean, ceiling = (rows[s].strip["mean"] for s in ("noise", "alpha", "labels"))
+    assert 0 < floor < mean < ceiling < rendering.STRIP
+
+
+def reported(**more: Any) -> dict[str, Any]:
+    row = {
+        "slug": "alpha", "method": "alpha", "backbone": "ViT-4x64/4", "pretrain_data": "Digits",
+        "pretrain_epochs": 20.0,
+        "image_size": "32", "protocol": "linear", "dataset": "digits", "metric": "top1", "value": 58.5, "unit": "%",
+        "source": "arXiv 2111.06377", "locator": "Table 1", "confidence": "verified",
+    }  # fmt: skip
+    return row | more
+
+
+def test_a_gap_needs_every_setting_to_match(suite: Any) -> None:
+    ours = made(value=60, recipe="alpha", backbone="vit 4x64/4")
+    row = tables(ours, papers=[reported()])[0].rows[0]
+    assert (row.gap, row.differences) == (1.5, [])
+    for change, difference in {
+        "backbone": "backbone", "pretrain_data": "pretraining data", "pretrain_epochs": "epochs",
+        "dataset": "evaluation data", "metric": "metric", "unit": "unit",
+        "image_size": "image size",
+    }.items():  # fmt: skip
+        for other in (800.0 if change == "pretrain_epochs" else "other", None):
+            row = tables(ours, papers=[reported(**{change: other})])[0].rows[0]
+            assert (row.gap, row.differences) == (None, [difference])
+    assert tables(made(value=60), papers=[reported()])[0].rows[0].differences == ["recipe"]
+
+
+def test_the_database_says_the_same(suite: Any, tmp_path: Path) -> None:
+    (suite["alpha"].folder / "reported.csv").write_text(
+        f"{REPORTED_HEADER}alpha,vit 4x64/4,digits,20,32,linear,digits,top1,58.5,%,paper,Table 1,verified\n"
+    )
+    records = [
+        *(made("alpha", value, seed, recipe="alpha") for seed, value in enumerate((60.0, 61.0, 65.0))),
+        made("beta", 58, seed=1, recipe="alpha"),
+        made("beta", 90, recipe="alpha", method=MethodUsed("beta", "other")),
+        made("noise", 40, recipe="alpha"),
+        made("beta", 20, recipe="mae"),
+    ]
+    for each in records:
+        record.write(each, tmp_path / "results")
+    source = rendering.load(tmp_path / "results")
+    found = [(t, row) for t in rendering.tables(source.records, source.papers) for row in t.rows]
+    database.update(tmp_path / "results")
+    columns = "recipe, method, mean, low, high, seeds, rank"
+    _, rows = database.query(f"SELECT {columns} FROM leaderboard", tmp_path / "results")
+    assert len(rows) == len(found) == 4
+    for (table, row), (recipe, method, mean, low, high, seeds, rank) in zip(found, rows, strict=True):
+        assert (table.recipe, row.method, len(row.seeds)) == (recipe, method, seeds)
+        assert (row.mean, row.low, row.high) == pytest.approx((mean, low, high))
+        if row.rank not in ("", "–"):
+            assert int(row.rank.partition("–")[0]) == rank
+    _, gaps = database.query("SELECT gap FROM comparison", tmp_path / "results")
+    assert [row.gap for _, row in found if row.reported] == pytest.approx([gap for (gap,) in gaps])
+
+
+def test_the_nearest_reported_number_of_the_papers_own_is_shown(suite: Any) -> None:
+    others = [
+        reported(value=1.0, protocol="knn"),
+        reported(value=2.0, method="rival"),
+        reported(value=3.0, backbone="vit-b/16"),
+    ]
+    row = tables(made(), papers=[*others, reported()])[0].rows[0]
+    assert row.reported is not None
+    assert (row.reported["value"], row.more) == ("58.5", 1)
+    assert tables(made("noise"), papers=[reported(slug="noise", method="noise")])[0].rows[0].reported is None
+
+
+def test_per_class_numbers_become_a_heat_map(suite: Any) -> None:
+    runs = [
+        made(
+            seed=0,
+            details={
+                "iou": {"sky": 80.0, "car": None},
+                "chosen": 3,
+                "blur": {"fog": [1.0, 3.0], "snow": [5.0, 9.0]},
+            },
+        ),
+        made(
+            seed=1,
+            details={"iou": {"sky": 90.0, "car": 40.0}, "blur": {"fog": [2.0, 4.0], "snow": [6.0, 10.0]}},
+        ),
+    ]
+    by_name = {heat["title"]: heat for heat in rendering.heats_of(tables(*runs)[0])}
+    assert by_name["iou"]["columns"] == ["sky", "car"]
+    assert [c["text"] for c in by_name["iou"]["rows"][0]["cells"]] == ["85.0", "40.0"]
+    assert [c["text"] for c in by_name["blur"]["rows"][0]["cells"]] == ["2.5", "7.5"]
+    assert "chosen" not in by_name
+    deep = rendering.heats(
+        {"accuracy": {"encoder": {"fog": {"1": 2.0, "2": 1.0}, "snow": {"1": 4.0, "2": 3.0}}}}
+    )
+    assert [(heat["title"], len(heat["rows"])) for heat in deep] == [("accuracy, encoder", 2)]
+    severities = {heat["title"]: heat for heat in rendering.heats(runs[0].details)}["blur"]
+    assert (severities["columns"], [r["name"] for r in severities["rows"]]) == (["1", "2"], ["fog", "snow"])
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (61.25, "%", "61.2"), (-0.4, "%", "−0.4"), (12345.6, "images/s", "12,346"), (0.01234, "", "0.01234"),
+        (0, "", "0"), (3.5e9, "", "3.5e+09"), (None, "", "–"), (float("nan"), "%", "not finite"), (100.0, "ms", "100"),
+    ],
+)  # fmt: skip
+def test_numbers_read_well(value: float | None, unit: str, text: str) -> None:
+    assert rendering.number(value, unit) == text
+
+
+def test_docstrings_read_as_prose() -> None:
+    text = """First line
+    goes on.
+
+    Then ``code``:
+
+    one   an item
+          goes on
+    two   another
+    """
+    import inspect
+
+    assert rendering.prose(inspect.cleandoc(text)) == [
+        ["First line goes on."],
+        ["Then ", "code", ":"],
+        ["one an item goes on"],
+        ["two another"],
+    ]
+
+
+def test_ticks_enclose_the_range_in_round_steps() -> None:
+    assert rendering.ticks(0.13, 0.98) == [0, 0.25, 0.5, 0.75, 1.0]
+    assert rendering.ticks(5, 5)[0] <= 5 < rendering.ticks(5, 5)[-1]
+    assert rendering.ticks(-3e-9, 7e-9)[0] <= -3e-9
+
+
+# The pages
+
+
+class Page(html.parser.HTMLParser):
+    """Ids, links, tags and text of a page; fails on tags that do not nest."""
+
+    VOID = ("meta", "link", "img", "br", "col")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), f"{name} runs a script"
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src"):
+                self.links.append(value or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def crawl(site: Path) -> dict[Path, Page]:
+    """Every page of a site, after a check that each link leads somewhere below it, or to https."""
+    pages = {file: Page(file.read_text(encoding="utf-8")) for file in site.rglob("*.html")}
+    linked = set()
+    for file, page in pages.items():
+        assert len(page.ids) == len(set(page.ids)), f"{file} has an id twice"
+        for link in page.links:
+            if link.startswith("https://"):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (file.parent / unquote(path)).resolve() if path else file
+            assert target.is_relative_to(site.resolve()), link
+            assert target.is_file(), f"{file.name}: {link} leads nowhere"
+            linked.add(target)
+            assert not anchor or anchor in pages[target].ids, f"{file.name}: {link} has no such place"
+    assert {f.resolve() for f in pages} <= linked, "a page that nothing links to"
+    return pages
+
+
+@pytest.fixture
+def everything(suite: dict[str, registry.Card], tmp_path: Path) -> list[Record]:
+    """Seeds, recipes, a stale run, baselines, heat maps, a method without a folder, and a hostile run."""
+    setting, source = "alpha,vit-b/16,imagenet-1k,1600,224,linear,imagenet-1k,top1", HOSTILE.replace('"', "")
+    (suite["alpha"].folder / "reported.csv").write_text(
+        f'{REPORTED_HEADER}{setting},68.0,%,"{source}",Table 12,verified\n{setting},67.8,%,elsewhere,,secondary\n'
+    )
+    (suite["alpha"].folder / "masking.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    (suite["alpha"].folder / "README.md").write_text("![Four digits <masked>](masking.svg)")
+    corruptions = {"accuracy": {"fog": [60.0, 50.0], "snow": [70.0, 40.0]}}
+    hostile = made(
+        HOSTILE,
+        preset=HOSTILE,
+        backbone=HOSTILE,
+        command=HOSTILE,
+        config={HOSTILE: [HOSTILE]},
+        warnings=[HOSTILE],
+        overrides={HOSTILE: HOSTILE},
+        details={HOSTILE: {HOSTILE: 1.0, "other": 2.0}},
+        data=DataUsed(HOSTILE, "h", HOSTILE, 3, 3),
+        seconds={HOSTILE: 1.0},
+        environment={HOSTILE: HOSTILE},
+    )
+    return [
+        *(made("alpha", 60 + seed, seed) for seed in range(3)),
+        made("beta", 58, warnings=["the loss rose"], method=MethodUsed("beta", "other")),
+        made("beta", 55, recipe="mae"),
+        made("noise", 40),
+        made("labels", 90),
+        made("alpha", 50, protocol="robustness", details=corruptions),
+        hostile,
+    ]
+
+
+def test_every_link_leads_somewhere_and_hostile_text_stays_text(
+    everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    papers = rendering.load(tmp_path / "results").papers
+    source = rendering.Source(everything, papers, [HOSTILE])
+    monkeypatch.setattr(rendering, "load", lambda folder: source)
+    site = rendering.report(tmp_path, tmp_path / "site").parent
+    pages = crawl(site)
+    assert len([f for f in pages if f.parent.name == "runs"]) == len(everything)
+    for file, page in pages.items():
+        assert page.tags.count("script") == 1, f"{file} lets a script in"
+        assert page.tags.count("h1") == 1
+        assert len(file.name) < 100
+        assert "javascript:" not in " ".join(page.links)
+    seen = HOSTILE.replace("\u202e", "\\u202e")
+    hostile = next(page for page in pages.values() if sum(seen in text for text in page.texts) > 8)
+    assert "bdi" in hostile.tags
+    assert not any("\u202e" in text for page in pages.values() for text in page.texts)
+    index = (site / "index.html").read_text()
+    assert not re.search(r"https?://(?!arxiv|github)", index), "something is fetched from elsewhere"
+    assert (site / "methods" / "pictures" / "alpha-masking.svg").is_file()
+
+
+def test_the_same_records_give_the_same_bytes_and_leave_files_alone(
+    everything: list[Record], tmp_path: Path
+) -> None:
+    records = everything[:-1]
+    site = render(tmp_path, *records)
+    before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in site.rglob("*") if f.is_file()}
+    rendering.report(tmp_path / "results", site)
+    assert before == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in site.rglob("*") if f.is_file()}
+    source = rendering.load(tmp_path / "results")
+    backwards = rendering.Source(source.records[::-1], source.papers)
+    assert rendering.pages(backwards) == rendering.pages(source)
+
+
+def test_pages_of_deleted_records_go_and_strangers_stay(suite: Any, tmp_path: Path) -> None:
+    site = render(tmp_path, made(seed=0), made(seed=1))
+    stranger = site / "runs" / "mine.html"
+    stranger.write_text("mine")
+    gone = made(seed=1)
+    record.place(gone, tmp_path / "results").unlink()
+    render(tmp_path)
+    assert not (site / "runs" / f"{gone.id}.html").exists()
+    assert (site / "runs" / f"{made(seed=0).id}.html").is_file()
+    assert stranger.is_file()
+
+
+def test_no_records_yet(suite: Any, tmp_path: Path) -> None:
+    site = render(tmp_path)
+    crawl(site)
+    assert "mimbench run --method" in (site / "index.html").read_text()
+
+
+def test_a_damaged_record_is_named_and_the_rest_rendered(suite: Any, tmp_path: Path) -> None:
+    bad = record.place(made(seed=1), tmp_path / "results")
+    bad.parent.mkdir(parents=True)
+    bad.write_text('{"schema": 1, "id"')
+    index = (render(tmp_path, made(seed=0)) / "index.html").read_text()
+    assert "1 file could not be read" in index
+    assert bad.name in index
+    assert str(tmp_path) not in index
+    assert "60.0" in index
+
+
+def test_a_damaged_csv_is_named_and_the_rest_rendered(suite: Any, tmp_path: Path) -> None:
+    (suite["alpha"].folder / "reported.csv").write_text("method,value\nalpha,1\n")
+    index = (render(tmp_path, made()) / "index.html").read_text()
+    assert "reported.csv, line 1" in index
+    assert "60.0" in index
+
+
+def test_a_run_shows_all_of_its_record(suite: Any, tmp_path: Path) -> None:
+    run = made(details={"chosen": 30}, warnings=["the loss rose"], overrides={"mask_ratio": 0.75})
+    page = Page((render(tmp_path, run) / "runs" / f"{run.id}.html").read_text())
+    shown = "\n".join(page.texts)
+    content = dataclasses.asdict(run)
+    for name in ("curve", "metrics", "correct", "details", "seconds", "warnings"):
+        del content[name]
+    for _, value in rendering.flatten(content):
+        assert value in shown or value == "[]", value
+    for text in ("the loss rose", "30", "360", "94.00 to 96.00", "features", "1.2 s"):
+        assert text in shown, text
+
+
+def test_hundreds_of_records_differ_only_in_number(suite: Any, tmp_path: Path) -> None:
+    records = [made("alpha", 50 + i / 10, seed=i, preset=f"p{i % 20}") for i in range(300)]
+    found = rendering.pages(rendering.Source(records, []))
+    assert sum(path.startswith("runs/") for path in found) == 300
+    assert found["index.html"].count(b'scope="row"') == 20
+
+
+def test_a_folder_that_cannot_be_written_is_said(suite: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(record.ResultsError, match="cannot be written"):
+        rendering.report(tmp_path / "results", tmp_path / "file")
+
+
+def test_the_clones_own_methods_and_protocols_render(tmp_path: Path) -> None:
+    crawl(rendering.report(tmp_path / "results", tmp_path / "site").parent)
+
+
+Maker = Callable[..., Record]
