@@ -5,11 +5,12 @@ PYTHONS := python3 python3.13 python3.12 python3.11
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in $(PYTHONS); do $$p $(IS_NEW_ENOUGH) && echo $$p && break; done)
 
-.PHONY: help demo test check format site clean
+.PHONY: help demo test check bench format site clean
 help:
 	@echo "make demo     set up, pretrain and probe CropMAE on embedded images, render the report (minutes)"
 	@echo "make test     set up and run all tests"
 	@echo "make check    set up and look at lint, formatting and types"
+	@echo "make bench    time ours beside what you would use instead, for the report's speed page"
 	@echo "make format   mend what lint and formatting can mend"
 	@echo "make site     render the report from the records in results/"
 	@echo "make clean    remove the environment and everything rendered"
@@ -36,6 +37,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# One thread by default: beside other work, two make some contenders several times slower.
+bench: $(READY)
+	@for script in benchmark/speed/*.py; do $(BIN)/python $$script || exit 1; done
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
