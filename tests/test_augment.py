@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from mimbench import augment, seeds
+from mimbench.augment import geometry
 from mimbench.data.split import Batch
 from mimbench.errors import ConfigError, DataError
 
@@ -45,13 +46,20 @@ def boxes_inside(sizes: Tensor, seed: int = 0) -> Tensor:
     return augment.random_resized_crop_boxes(sizes, (0.05, 1.0), generator(seed), (0.4, 2.5))
 
 
+@pytest.mark.parametrize("way", ["at once", "in blocks"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(32, 32, 32), (47, 61, 24), (20, 33, (40, 56)), (150, 90, 17)]
 )
 def test_resized_crop_and_flip_equal_torchvision(
-    height: int, width: int, size: int | tuple[int, int], interpolation: str
+    height: int,
+    width: int,
+    size: int | tuple[int, int],
+    interpolation: str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(geometry, "SMALL", 10**9 if way == "at once" else 0)
     images = pictures(12, height, width)
     boxes = boxes_inside(augment.image_sizes(images))
     boxes[0] = torch.tensor([0, 0, height, width])
@@ -67,6 +75,24 @@ def test_resized_crop_and_flip_equal_torchvision(
             exact, coarse = exact.flip(2), coarse.flip(2)
         torch.testing.assert_close(from_floats[i], exact, atol=1e-5, rtol=0)
         assert (255 * from_bytes[i] - coarse).abs().max() < 1.5  # theirs rounds twice, ours never
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("images", [pictures(21, 70, 83), pictures(21, 70, 83) / 255])
+def test_both_ways_to_resample_agree_and_images_do_not_depend_on_each_other(
+    images: Tensor, ragged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = torch.randint(40, 71, (21, 2), generator=generator()) if ragged else augment.image_sizes(images)
+    boxes = boxes_inside(sizes)
+    flip = torch.arange(21) % 2 == 0
+    views = {}
+    for way, small in (("at once", 10**9), ("in blocks", 0)):
+        monkeypatch.setattr(geometry, "SMALL", small)
+        crop = augment.resized_crop(images, boxes, (50, 45), flip)
+        assert torch.equal(crop[7:8], augment.resized_crop(images[7:8], boxes[7:8], (50, 45), flip[7:8]))
+        views[way] = crop, augment.resize_and_center_crop(images, 41, 37, sizes)
+    for dense, blocked in zip(*views.values(), strict=True):
+        torch.testing.assert_close(blocked, dense, atol=1e-6, rtol=0)
 
 
 def test_resized_crop_ignores_the_padding_of_ragged_batches() -> None:
