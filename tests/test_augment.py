@@ -521,3 +521,26 @@ def test_simclr_view_applies_each_part_with_its_probability() -> None:
         view = augment.simclr_view(batch, 32, (0.2, 1.0), generator(), **probabilities)
         changed = (view != plain).any(dim=(1, 2, 3)).sum()
         assert stats.binomtest(int(changed), 600, 0.3).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("cached", [1, 5 * 3 * 24 * 24, 2**30])
+def test_simclr_view_does_not_depend_on_the_portions_and_equals_its_masked_form(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(pictures(13, 40, 40), None, torch.arange(13))
+    draws = generator()
+    expected = augment.crop_and_flip(batch, 24, (0.2, 1.0), draws, interpolation="bilinear")
+
+    def where(operation: Callable[..., Tensor], chosen: Tensor, *parameters: Tensor | int) -> Tensor:
+        return torch.where(chosen.view(-1, 1, 1, 1), operation(expected, *parameters), expected)
+
+    factors, order = augment.random_jitter(13, (0.4, 0.4, 0.4, 0.1), draws)
+    expected = where(augment.colour_jitter, augment.chance(13, 0.8, draws), factors, order)
+    expected = where(augment.greyscale, augment.chance(13, 0.2, draws))
+    sigma = augment.uniform(13, (0.1, 2.0), draws)
+    expected = where(augment.gaussian_blur, augment.chance(13, 0.5, draws), sigma, 3)
+    monkeypatch.setattr(geometry, "CACHED", cached)
+    view = augment.simclr_view(batch, 24, (0.2, 1.0), generator())
+    torch.testing.assert_close(view, expected, atol=1e-6, rtol=0)
+    monkeypatch.setattr(geometry, "CACHED", 2**18)
+    assert torch.equal(view, augment.simclr_view(batch, 24, (0.2, 1.0), generator()))

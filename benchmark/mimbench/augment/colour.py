@@ -6,11 +6,14 @@ for 8-bit images are followed without their rounding, unless an operation is abo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimbench.augment.geometry import uniform
+from mimbench.augment.geometry import Taps, portion, resample, uniform
 
 LEVELS = 255  # the largest 8-bit grey level
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of colour jitter's factors
@@ -21,33 +24,61 @@ def per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
+def in_portions(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``operation`` on images (B, C, H, W) and parameters (B, ...), a few images at a time on a CPU.
+
+    An operation makes many passes over its images. They run several times faster while these lie in the cache
+    and memory is not asked for anew; no image depends on another, so the result is the same.
+    """
+
+    @functools.wraps(operation)
+    def run(images: Tensor, *arguments: Tensor | int) -> Tensor:
+        count, share = len(images), portion(images)
+        if count <= share:
+            return operation(images, *arguments)
+        out = images.new_empty(0)
+        for begin in range(0, count, share):
+            here = slice(begin, begin + share)
+            done = operation(images[here], *(a[here] if isinstance(a, Tensor) else a for a in arguments))
+            if not begin:
+                out = done.new_empty(count, *done.shape[1:])
+            out[here] = done
+        return out
+
+    return run
+
+
+@in_portions
 def greyscale(images: Tensor) -> Tensor:
     """Luma (B, 1, H, W) of ITU-R 601, with the weights of torchvision."""
     red, green, blue = images.unbind(1)
     return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
 
-def blend(images: Tensor, target: Tensor | float, factor: Tensor) -> Tensor:
+def blend(images: Tensor, target: Tensor, factor: Tensor) -> Tensor:
     """From ``target`` at factor 0 through the images at 1 and beyond, clamped to [0, 1]."""
-    factor = per_image(factor)
-    return (images * factor + target * (1 - factor)).clamp(0, 1)
+    return torch.lerp(target, images, per_image(factor)).clamp_(0, 1)
 
 
+@in_portions
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with black."""
-    return blend(images, 0.0, factor)
+    return (images * per_image(factor)).clamp_(0, 1)
 
 
+@in_portions
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with the image's mean grey."""
     return blend(images, greyscale(images).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
+@in_portions
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with the grey image."""
     return blend(images, greyscale(images), factor)
 
 
+@in_portions
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with a 3x3 smoothing (weights 1, in the middle 5); the outermost pixels stay."""
     lines = images[..., :-2] + images[..., 1:-1] + images[..., 2:]
@@ -58,10 +89,11 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     return out
 
 
+@in_portions
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue of HSV by ``shift``, in turns of the colour circle from -0.5 to 0.5."""
     red, green, blue = images.unbind(1)
-    low, high = images.aminmax(dim=1)
+    low, high = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
     safe = torch.where(chroma == 0, 1.0, chroma)  # grey has no hue and, its chroma being 0, needs none
     sixth = torch.where(
@@ -69,14 +101,18 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
         (green - blue) / safe,
         torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    sixth = sixth + 6 * shift.view(-1, 1, 1)
-    channels = []
-    for offset in (5, 3, 1):  # red, green and blue lose chroma over different arcs of the circle
-        arc = (offset + sixth).remainder(6)
-        channels.append(high - chroma * torch.minimum(arc, 4 - arc).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    sixth = sixth.add_(shift.view(-1, 1, 1), alpha=6)
+    out = torch.empty_like(images)
+    for channel, offset in enumerate((3, 1, -1)):  # red, green and blue lose chroma over different arcs
+        turn = sixth + offset
+        arc = turn.sub_(
+            (turn / 6).round_(), alpha=6
+        ).abs_()  # to the middle of that arc, at most half a circle
+        torch.sub(high, chroma * arc.neg_().add_(2).clamp_(0, 1), out=out[:, channel])
+    return out
 
 
+@in_portions
 def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Brightness, contrast, saturation and hue changed in each image's own order, as torchvision does.
 
@@ -92,8 +128,9 @@ def colour_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         for step in range(3):
             grey = greyscale(images)
             operation = per_image(blends[:, step])
-            target = torch.where(operation == CONTRAST, grey.mean(dim=(1, 2, 3), keepdim=True), grey)
-            target = torch.where(operation == BRIGHTNESS, 0.0, target)
+            mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+            # Towards its mean, itself, or black; faster than a choice, and exact, as each factor is 0 or 1.
+            target = grey * (operation == SATURATION).float() + mean * (operation == CONTRAST).float()
             images = blend(images, target, torch.where(chosen[:, step], strengths[:, step], 1.0))
         return images
 
@@ -119,35 +156,35 @@ def blur_kernel_size(size: int) -> int:
     return 2 * (size // 20) + 1
 
 
+@in_portions
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     """Gaussian blur by ``sigma`` (B,) pixels, cut off at an odd ``kernel_size``, over mirrored borders."""
     reach = kernel_size // 2
     taps = torch.arange(-reach, reach + 1, device=images.device)
-    kernels = torch.softmax(-0.5 * (taps / sigma.unsqueeze(1)) ** 2, dim=1)
+    kernels = torch.softmax(-0.5 * (taps / sigma.unsqueeze(1)) ** 2, dim=1).unsqueeze(2)
+    kernels = F.threshold(kernels, 1e-12, 0.0)  # numbers near the smallest there are slow a CPU down tenfold
 
-    def matrix(length: int) -> Tensor:
-        line = torch.arange(length, device=images.device)
-        source = (line.unsqueeze(1) + taps).abs()
-        source = length - 1 - (length - 1 - source).abs()  # the edge pixel itself is not repeated
-        return (kernels @ F.one_hot(source, length).float().transpose(0, 1).flatten(1)).unflatten(
-            1, (length, -1)
-        )
+    def along(length: int) -> Taps:
+        first = torch.arange(length, device=images.device).expand(len(images), -1)
+        return Taps(first, kernels.expand(-1, -1, length))
 
-    with torch.autocast(images.device.type, enabled=False):
-        narrow = images.flatten(1, 2) @ matrix(images.shape[3]).transpose(1, 2)
-        return (matrix(images.shape[2]).unsqueeze(1) @ narrow.view_as(images)).clamp_(0, 1)
+    padded = F.pad(images, [reach] * 4, mode="reflect")  # the edge pixel itself is not repeated
+    return resample(padded, along(images.shape[2]), along(images.shape[3]))
 
 
+@in_portions
 def invert(images: Tensor) -> Tensor:
     """The negative."""
     return 1 - images
 
 
+@in_portions
 def solarise(images: Tensor, threshold: Tensor) -> Tensor:
     """Inverts pixels at or above ``threshold``, on the scale of the images."""
     return torch.where(images >= per_image(threshold), 1 - images, images)
 
 
+@in_portions
 def brighten_shadows(images: Tensor, addition: Tensor) -> Tensor:
     """Adds ``addition``, on the scale of the images, to 8-bit levels below 128 (timm's SolarizeAdd)."""
     return torch.where(images * LEVELS < 128, (images + per_image(addition)).clamp(max=1), images)
@@ -158,12 +195,14 @@ def levels(images: Tensor) -> Tensor:
     return (images * LEVELS).round()
 
 
+@in_portions
 def posterise(images: Tensor, bits: Tensor) -> Tensor:
     """Keeps the ``bits`` (0 to 8) most significant bits of the 8-bit level."""
     step = per_image(torch.exp2(8.0 - bits))
     return (levels(images) / step).floor() * step / LEVELS
 
 
+@in_portions
 def autocontrast(images: Tensor) -> Tensor:
     """Stretches each channel to the full range; a flat channel stays."""
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
@@ -171,6 +210,7 @@ def autocontrast(images: Tensor) -> Tensor:
     return torch.where(flat, images, (images - low) / torch.where(flat, 1.0, high - low)).clamp(0, 1)
 
 
+@in_portions
 def equalise(images: Tensor) -> Tensor:
     """Spreads each channel's 8-bit levels to a flat histogram, by Pillow's integer rule."""
     level = levels(images).long().flatten(2)

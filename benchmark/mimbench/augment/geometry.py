@@ -21,7 +21,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 TRIES = 10  # draws of a crop before torchvision falls back to the central one
 SMALL = 6 * 2**20  # products per image up to which a CPU uses dense matrices: about where both ways tie
-CACHED = 2**18  # pixel values that a CPU resamples at a time, so that it finds them in its cache again
+CACHED = 2**18  # pixel values that a CPU works on at a time, so that it finds them in its cache again
 BLOCK = 32  # samples that share a window of the pixels; 28 to 56 are about equally fast
 
 
@@ -166,24 +166,27 @@ def resampling_taps(
     return Taps(first + start.long().unsqueeze(1), weights / weights.sum(dim=1, keepdim=True))
 
 
-def resample(images: Tensor, rows: Taps, columns: Taps, interpolation: Interpolation) -> Tensor:
+def portion(images: Tensor) -> int:
+    """How many images to work on at a time: all on a GPU, on a CPU as many as its cache holds."""
+    return max(1, CACHED // images[0].numel() if images.device.type == "cpu" and len(images) else len(images))
+
+
+def resample(images: Tensor, rows: Taps, columns: Taps, overshoots: bool = False) -> Tensor:
     """Images (B, C, H, W) sampled at h ``rows`` and w ``columns``: (B, C, h, w) floats.
 
-    uint8 is scaled to [0, 1], and the result clamped to it, as bicubic resizing overshoots. That of 8-bit images
-    is clamped between the two passes too: Pillow and torchvision, which store 8 bits between them, do the same.
+    uint8 is scaled to [0, 1], and the result clamped to it. Where the first pass ``overshoots`` the range of
+    8-bit images it is clamped too: Pillow and torchvision, which store 8 bits between the passes, do the same.
     """
     coarse = images.dtype == torch.uint8
-    overshoots = coarse and interpolation == "bicubic"
+    overshoots = overshoots and coarse
     if coarse:
         rows = Taps(rows.first, rows.weights / 255)
     count, channels, height, width = images.shape
     tall, wide = rows.first.shape[1], columns.first.shape[1]
     out = torch.empty(count, channels, tall, wide, device=images.device)
-    way, share = _resample_at_once, max(count, 1)
-    if images.device.type == "cpu":
-        if channels * height * wide * (width + tall) > SMALL:
-            way = _resample_in_blocks
-        share = max(16, CACHED // (channels * height * max(width, wide)))
+    way, share = _resample_at_once, portion(images)
+    if images.device.type == "cpu" and channels * height * wide * (width + tall) > SMALL:
+        way, share = _resample_in_blocks, max(16, share)  # which goes through them one by one
     with torch.autocast(images.device.type, enabled=False):  # half precision would cost grey levels
         for begin in range(0, count, share):
             here = slice(begin, begin + share)
@@ -276,7 +279,7 @@ def resized_crop(
     columns = resampling_taps(
         left, width / out_width, width, across, interpolation, images.shape[3] / out_width
     )
-    return resample(images, rows, columns, interpolation)
+    return resample(images, rows, columns, overshoots=interpolation == "bicubic")
 
 
 def resize_and_center_crop(
@@ -305,7 +308,7 @@ def resize_and_center_crop(
         resampling_taps(start, step[:, axis], lengths[:, axis], positions[:, axis], interpolation, largest)
         for axis in (0, 1)
     )
-    return resample(images, rows, columns, interpolation)
+    return resample(images, rows, columns, overshoots=interpolation == "bicubic")
 
 
 def horizontal_flip(images: Tensor, flip: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from mimbench.augment.geometry import (
     chance,
     image_sizes,
     pad_and_crop,
+    portion,
     random_resized_crop_boxes,
     resized_crop,
     uniform,
@@ -74,16 +77,38 @@ def simclr_view(
     brightness, contrast, saturation and hue; ``blur_sigma`` is in pixels.
     """
 
-    def choose(probability: float) -> Tensor:
-        return chance(len(batch), probability, generator).view(-1, 1, 1, 1)
+    def blur(images: Tensor, sigma: Tensor) -> Tensor:
+        return gaussian_blur(images, sigma, blur_kernel_size(size))
 
+    count = len(batch)
     images = crop_and_flip(batch, size, scale, generator, flip_p=flip_p, interpolation=interpolation)
+    # All draws come before the pixels, so that these can be worked on in portions.
+    steps: list[tuple[Callable[..., Tensor], Tensor, tuple[Tensor, ...]]] = []
     if jitter_p:
-        jittered = colour_jitter(images, *random_jitter(len(batch), jitter, generator))
-        images = torch.where(choose(jitter_p), jittered, images)
+        drawn = random_jitter(count, jitter, generator)
+        steps.append((colour_jitter, chance(count, jitter_p, generator), drawn))
     if grey_p:
-        images = torch.where(choose(grey_p), greyscale(images), images)
+        steps.append((greyscale, chance(count, grey_p, generator), ()))
     if blur_p:
-        blurred = gaussian_blur(images, uniform(len(batch), blur_sigma, generator), blur_kernel_size(size))
-        images = torch.where(choose(blur_p), blurred, images)
+        sigma = uniform(count, blur_sigma, generator)
+        steps.append((blur, chance(count, blur_p, generator), (sigma,)))
+    share = portion(images)
+    for begin in range(0, count, share):
+        here = slice(begin, begin + share)
+        for operation, chosen, parameters in steps:
+            images[here] = where(chosen[here], operation, images[here], *(p[here] for p in parameters))
     return images
+
+
+def where(chosen: Tensor, operation: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
+    """``operation`` on the ``chosen`` (B,) of the images (B, 3, H, W) with their parameters (B, ...).
+
+    A CPU works on those alone; a GPU on all, since it would have to wait to learn how many they are.
+    """
+    if images.device.type != "cpu":
+        return torch.where(chosen.view(-1, 1, 1, 1), operation(images, *parameters), images)
+    out, rows = images, chosen.nonzero()[:, 0]
+    if len(rows):
+        out = images.clone()
+        out[rows] = operation(images[rows], *(p[rows] for p in parameters)).expand(-1, 3, -1, -1)
+    return out
