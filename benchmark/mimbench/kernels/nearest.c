@@ -51,6 +51,33 @@ static float as_float(uint32_t bits) {
     return x;
 }
 
+/* Rounds a row less the centre; parts and about as below. Inlined, so that parts is a constant and loops are vectors. */
+static inline __attribute__((always_inline)) void round_row(int parts, const float *restrict row,
+                                                            const float *restrict centre, double scale, long width,
+                                                            uint32_t *restrict high, uint32_t *restrict low,
+                                                            double *restrict about) {
+    double sums[5][LANES] = {{0}};
+    for (long i = 0; i < width; i += LANES)
+        for (long j = 0; j < LANES; j++) {
+            double off = (double)row[i + j] - centre[i + j], value = off * scale;
+            float first = parts ? as_float(round_bfloat16((float)value)) : (float)value;
+            float second = parts == 2 ? as_float(round_bfloat16((float)(value - first))) : 0;
+            double lost = value - first - second;
+            high[i + j] = as_bits(first);
+            low[i + j] = as_bits(second);
+            sums[0][j] += value * value;
+            sums[1][j] += lost * lost;
+            sums[2][j] += (double)second * second;
+            sums[3][j] += (double)row[i + j] * centre[i + j];
+            sums[4][j] += off * centre[i + j];
+        }
+    for (int s = 0; s < 5; s++) {
+        double total = 0;
+        for (int j = 0; j < LANES; j++) total += sums[s][j];
+        about[s * SIDE] = s < 3 ? sqrt(total) : total;
+    }
+}
+
 /* Packs n <= 32 rows of x (n, d): a block of the bank or of the queries.
 
    A row is divided by its norm (if given) and rounded to float32 into unit (n, d); less the centre and times
@@ -70,27 +97,10 @@ static void pack_block(const float *x, const double *norm, const float *centre, 
             double divisor = norm ? fmax(norm[r], 1e-300) : 1;
             for (long i = 0; i < d; i++) row[i] = (float)(x[r * d + i] / divisor);
             memcpy(unit + r * d, row, d * sizeof *row);
-            double sums[5][8] = {{0}};
-            for (long i = 0; i < width; i += 8)
-                for (long j = 0; j < 8; j++) {
-                    double off = (double)row[i + j] - centre[i + j], value = off * scale;
-                    float first = (float)value, second = 0;
-                    if (parts) first = as_float(round_bfloat16(first));
-                    if (parts == 2) second = as_float(round_bfloat16((float)(value - first)));
-                    double lost = value - first - second;
-                    high[i + j] = as_bits(first);
-                    low[i + j] = as_bits(second);
-                    sums[0][j] += value * value;
-                    sums[1][j] += lost * lost;
-                    sums[2][j] += (double)second * second;
-                    sums[3][j] += (double)row[i + j] * centre[i + j];
-                    sums[4][j] += off * centre[i + j];
-                }
-            for (int s = 0; s < 5; s++) {
-                double total = 0;
-                for (int j = 0; j < 8; j++) total += sums[s][j];
-                about[s * SIDE + r] = s < 3 ? sqrt(total) : total;
-            }
+            double *lengths = about + r;
+            if (parts == 0) round_row(0, row, centre, scale, width, high, low, lengths);
+            else if (parts == 1) round_row(1, row, centre, scale, width, high, low, lengths);
+            else round_row(2, row, centre, scale, width, high, low, lengths);
         } else if (r == n) {
             memset(high, 0, 2 * width * sizeof *high);
         }
@@ -188,6 +198,18 @@ static void float32_product(const float *left, const float *right, const float *
     }
 }
 
+static inline void product(const uint32_t *left, const uint32_t *right, const float *bias, long steps, long parts,
+                           float *scores) {
+#if AMX
+    if (parts) {
+        bfloat16_product(left, right, bias, steps, parts, scores);
+        return;
+    }
+#endif
+    (void)parts;
+    float32_product((const float *)left, (const float *)right, bias, steps, scores);
+}
+
 /* Bits of the 32 scores that reach the limit. */
 static inline uint32_t reaching(const float *scores, float limit) {
 #if defined(__AVX512F__)
@@ -206,7 +228,7 @@ static inline uint32_t reaching(const float *scores, float limit) {
 
 /* ---- Exact values and their order ---- */
 
-static float exact(const float *q, const float *b, long d, int euclidean) {
+static float exact(const float *q, const float *b, long d, long euclidean) {
     double sums[LANES] = {0}, total = 0;
     long i = 0;
     if (euclidean) {
@@ -249,10 +271,14 @@ static void sort(int64_t *keys, long n) {
 /* ---- The search ---- */
 
 typedef struct {
-    long k, d;
-    int euclidean;
-    double scale; /* score = scale x similarity - base, or base - scale x squared distance */
+    long k, d, euclidean;
+    double scale;                /* score = scale x similarity - base, or base - scale x squared distance */
+    const double *base;          /* of each query */
     const float *queries, *bank; /* what exact values are computed from */
+    const int64_t *exclude;      /* for each query a position that is no neighbour, or NULL */
+    const float *bounds;         /* (3, stride): how wrong each query's scores can be, see search */
+    long stride, first, room, last;
+    int64_t *keys;
 } Task;
 
 /* The pairs of one query that may be neighbours, in the order of the bank, with bounds of their scores. */
@@ -285,7 +311,8 @@ static float kth(const float *numbers, long n, long k) {
 }
 
 /* Computes the pairs of a query in float64: keys (value, lower position), best first. */
-static void refine(const Task *task, long query, const Pairs *pairs, int64_t *keys) {
+static void refine(const Task *task, long query, const Pairs *pairs) {
+    int64_t *keys = task->keys;
     const float *q = task->queries + query * task->d;
     for (long i = 0; i < pairs->count; i++) {
         if (i + 4 < pairs->count)
@@ -302,11 +329,11 @@ static int32_t where_of(int64_t key) { return INT32_MAX - (int32_t)(key & INT32_
 static float nearness_of(int64_t key) { return of_rank((int32_t)(key >> 32)); }
 
 /* Drops the pairs that the bounds rule out. */
-static void shorten(const Task *task, double base, Pairs *pairs) {
+static void shorten(const Task *task, long query, Pairs *pairs) {
     if (pairs->count < task->k) return;
     double bound = kth(pairs->low, pairs->count, task->k);
     /* Values that differ by less than this may be equal in float32. */
-    double tie = task->euclidean ? 0x1p-20 * fmax(0, base - bound) : 0x1p-22 * task->scale;
+    double tie = task->euclidean ? 0x1p-20 * fmax(0, task->base[query] - bound) : 0x1p-22 * task->scale;
     float least = nextafterf((float)(bound - tie), -FLT_MAX);
     long kept = 0;
     for (long i = 0; i < pairs->count; i++) {
@@ -320,19 +347,21 @@ static void shorten(const Task *task, double base, Pairs *pairs) {
 }
 
 /* A score that a pair of this (exact) value reaches, in spite of the rounding of float64. */
-static float score_of(const Task *task, double base, double value) {
+static float score_of(const Task *task, long query, double value) {
+    double base = task->base[query];
     double part = task->scale * (task->euclidean ? value * value : value);
     double score = task->euclidean ? base - part : part - base;
     return nextafterf((float)(score - (task->d + 16) * 0x1p-51 * (fabs(part) + fabs(base))), -FLT_MAX);
 }
 
 /* Keeps the k nearest so far by float64 values, and asks of later ones that they beat the last of these. */
-static void select_exactly(const Task *task, double base, long query, Pairs *pairs, int64_t *keys) {
+static void select_exactly(const Task *task, long query, Pairs *pairs) {
+    const int64_t *keys = task->keys;
     float farthest = task->euclidean ? FLT_MAX : -FLT_MAX, value = 0;
-    refine(task, query, pairs, keys);
+    refine(task, query, pairs);
     for (long i = 0; i < task->k; i++) {
         value = nearness_of(keys[i]) * (task->euclidean ? -1 : 1);
-        pairs->low[i] = score_of(task, base, nextafterf(value, farthest));
+        pairs->low[i] = score_of(task, query, nextafterf(value, farthest));
         pairs->high[i] = FLT_MAX;
         pairs->where[i] = where_of(keys[i]);
     }
@@ -340,27 +369,64 @@ static void select_exactly(const Task *task, double base, long query, Pairs *pai
     pairs->state = 1;
     /* Halfway to the next float32: what does not get there is rounded to `value` or worse. */
     double halfway = (value + (double)nextafterf(value, -farthest)) / 2;
-    pairs->exact = task->euclidean && value == 0 ? FLT_MAX : score_of(task, base, halfway);
+    pairs->exact = task->euclidean && value == 0 ? FLT_MAX : score_of(task, query, halfway);
     pairs->least = fmaxf(pairs->least, pairs->exact);
+}
+
+/* Collects from the scores of a block (32 queries from `query` on, 32 vectors from `at` on) what may be neighbours.
+   least: the thresholds; e: (lengths, losses, second parts, biases), the largest in the block. */
+static inline void collect(const Task *task, Pairs *some, long query, long at, const float *scores, const float *e,
+                           float *least) {
+    const float *lost = task->bounds + query, *reach = lost + task->stride, *second = reach + task->stride;
+    float errors[SIDE], limits[SIDE];
+    for (long i = 0; i < SIDE; i++) {
+        errors[i] = lost[i] * e[0] + reach[i] * e[1] + second[i] * e[2] + e[3];
+        limits[i] = least[i] - errors[i];
+    }
+    for (long i = 0; i < SIDE; i++) {
+        uint32_t hits = reaching(scores + i * SIDE, limits[i]);
+        if (!hits) continue;
+        Pairs *pairs = some + i;
+        for (; hits; hits &= hits - 1) {
+            long j = __builtin_ctz(hits), n = pairs->count;
+            if (task->exclude && task->exclude[query + i] == at + j) continue;
+            pairs->low[n] = scores[i * SIDE + j] - errors[i];
+            pairs->high[n] = scores[i * SIDE + j] + errors[i];
+            pairs->where[n] = (int32_t)(at + j);
+            pairs->count++;
+        }
+        if (pairs->count < pairs->full) continue;
+        shorten(task, query + i, pairs);
+        if (2 * pairs->count > task->room && task->last) {
+            select_exactly(task, query + i, pairs);
+        } else if (2 * pairs->count > task->room) {
+            pairs->state = 2;
+            pairs->least = FLT_MAX;
+            pairs->count = 0;
+        }
+        long full = 2 * pairs->count > task->first ? 2 * pairs->count : task->first;
+        pairs->full = full < task->room ? full : task->room;
+        least[i] = pairs->least;
+    }
 }
 
 /* Finds the k nearest of n packed bank vectors for each of `rows` packed queries.
 
-   bounds (3, rows in whole blocks): by what the bank's (4, blocks) largest lengths, losses, second parts and biases
+   bounds (3, rows in whole blocks): by what the bank's (blocks, 4) largest lengths, losses, second parts and biases
    are multiplied (the last by 1) for the most that a score can be wrong. A query of which more than room / 2 pairs
    stay in doubt is given up, or, in the last attempt, pursued in float64. tile: bank vectors that stay in
    the cache while the queries pass. scratch: see scratch_bytes. Writes values and positions (rows, k) and states. */
 void search(const uint32_t *left, const uint32_t *right, const float *bias, const float *bounds, const float *largest,
             const double *base, long steps, long parts, long rows, long n, long tile, long room, long last, long k,
-            long d, long euclidean, double scale, const float *queries, const float *bank, const int64_t *exclude, char *scratch, float *values, int64_t *positions, int32_t *states) {
-    Task task = {k, d, (int)euclidean, scale, queries, bank};
+            long d, long euclidean, double scale, const float *queries, const float *bank, const int64_t *exclude,
+            char *scratch, float *values, int64_t *positions, int32_t *states) {
     long padded = (rows + SIDE - 1) / SIDE * SIDE, blocks = (n + SIDE - 1) / SIDE, space = room + SIDE;
-    long block_words = SIDE * LANES * steps * (parts ? parts : 1);
-    int64_t *keys = (int64_t *)scratch;
-    Pairs *all = (Pairs *)(keys + space);
+    long block_words = SIDE * LANES * steps * (parts ? parts : 1), first = 4 * k + SIDE < room ? 4 * k + SIDE : room;
+    Task task = {k, d, euclidean, scale, base, queries, bank, exclude, bounds, padded, first, room, last, NULL};
+    task.keys = (int64_t *)scratch;
+    Pairs *all = (Pairs *)(task.keys + space);
     float *floats = (float *)(all + padded);
-    long first = 4 * k + SIDE < room ? 4 * k + SIDE : room;
-    float scores[SIDE * SIDE] __attribute__((aligned(64))), limits[SIDE], least[SIDE];
+    float scores[SIDE * SIDE] __attribute__((aligned(64))), least[SIDE];
 
     for (long q = 0; q < padded; q++) {
         float *own = floats + q * 3 * space;
@@ -373,51 +439,15 @@ void search(const uint32_t *left, const uint32_t *right, const float *bias, cons
     for (long from = 0; from < blocks; from += tile / SIDE) {
         long to = from + tile / SIDE < blocks ? from + tile / SIDE : blocks;
         for (long q = 0; q < padded; q += SIDE) {
-            Pairs *some = all + q;
-            const uint32_t *a = left + q / SIDE * block_words;
+            const uint32_t *packed = left + q / SIDE * block_words;
             int searching = 0;
             for (long i = 0; i < SIDE; i++) {
-                least[i] = some[i].least;
-                searching |= some[i].state != 2;
+                least[i] = all[q + i].least;
+                searching |= all[q + i].state != 2;
             }
             for (long b = from; b < to && searching; b++) {
-                const uint32_t *vectors = right + b * block_words;
-#if AMX
-                if (parts) bfloat16_product(a, vectors, bias + b * SIDE, steps, parts, scores);
-                else
-#endif
-                float32_product((const float *)a, (const float *)vectors, bias + b * SIDE, steps, scores);
-                const float *e = largest + 4 * b;
-                for (long i = 0; i < SIDE; i++)
-                    limits[i] = least[i] - (bounds[q + i] * e[0] + bounds[padded + q + i] * e[1] +
-                                            bounds[2 * padded + q + i] * e[2] + e[3]);
-                for (long i = 0; i < SIDE; i++) {
-                    uint32_t hits = reaching(scores + i * SIDE, limits[i]);
-                    if (!hits) continue;
-                    Pairs *pairs = some + i;
-                    float error = (bounds[q + i] * e[0] + bounds[padded + q + i] * e[1] +
-                                   bounds[2 * padded + q + i] * e[2] + e[3]);
-                    for (; hits; hits &= hits - 1) {
-                        long j = __builtin_ctz(hits), at = b * SIDE + j;
-                        if (exclude && exclude[q + i] == at) continue;
-                        pairs->low[pairs->count] = scores[i * SIDE + j] - error;
-                        pairs->high[pairs->count] = scores[i * SIDE + j] + error;
-                        pairs->where[pairs->count++] = (int32_t)at;
-                    }
-                    if (pairs->count < pairs->full) continue;
-                    shorten(&task, base[q + i], pairs);
-                    if (2 * pairs->count > room) {
-                        if (last) {
-                            select_exactly(&task, base[q + i], q + i, pairs, keys);
-                        } else {
-                            pairs->state = 2;
-                            pairs->least = FLT_MAX;
-                            pairs->count = 0;
-                        }
-                    }
-                    pairs->full = pairs->count < first / 2 ? first : pairs->count < room / 2 ? 2 * pairs->count : room;
-                    least[i] = pairs->least;
-                }
+                product(packed, right + b * block_words, bias + b * SIDE, steps, parts, scores);
+                collect(&task, all + q, q, b * SIDE, scores, largest + 4 * b, least);
             }
         }
     }
@@ -427,11 +457,12 @@ void search(const uint32_t *left, const uint32_t *right, const float *bias, cons
     for (long q = 0; q < rows; q++) {
         states[q] = all[q].state;
         if (states[q] == 2) continue;
-        shorten(&task, base[q], all + q);
-        refine(&task, q, all + q, keys);
+        shorten(&task, q, all + q);
+        refine(&task, q, all + q);
         for (long i = 0; i < k; i++) {
-            values[q * k + i] = euclidean ? 0.0f - nearness_of(keys[i]) : nearness_of(keys[i]);
-            positions[q * k + i] = where_of(keys[i]);
+            float nearness = nearness_of(task.keys[i]);
+            values[q * k + i] = euclidean ? 0.0f - nearness : nearness;
+            positions[q * k + i] = where_of(task.keys[i]);
         }
     }
 }

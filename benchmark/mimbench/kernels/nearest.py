@@ -25,7 +25,7 @@ from mimbench import kernels
 
 SIDE = 32  # queries and vectors in a block
 ROWS = 1_024  # queries whose candidates are held by a thread
-CACHED = 1 << 19  # bytes of the bank that stay in a core's own cache
+CACHED = 1 << 18  # bytes of the bank that stay in a core's own cache
 HELD = 1 << 24  # bytes of candidates that a thread may hold, if k allows it
 PACKED = 4_096  # vectors packed by one call
 CENTRED = 4_096  # vectors of the bank that the centre is the mean of
@@ -138,14 +138,14 @@ def _attempt(
     terms = (2 * parts - 1 if parts else 1) * dim + 32  # 32: for what rounds these bounds themselves
     rounding = 1.1 * terms * _UNIT  # of a sum in any order
 
-    exact, lost, second = left.about[:3]
-    reach = exact + lost + second
+    length, lost, second = left.about[:3]
+    reach = length + lost + second
     bounds = torch.stack([lost + rounding * reach, reach, second]).float()
-    base = exact.square() / 4 if euclidean else left.about[3] * scale**2
+    base = length.square() / 4 if euclidean else left.about[3] * scale**2
 
-    exact, lost, second = right.about[:3]
-    bias = -exact.square() if euclidean else right.about[4] * scale**2
-    blocks = torch.stack([exact + lost + second, lost, second, rounding * bias.abs() + 1e-34])
+    length, lost, second = right.about[:3]
+    bias = -length.square() if euclidean else right.about[4] * scale**2
+    blocks = torch.stack([length + lost + second, lost, second, rounding * bias.abs() + 1e-34])
     largest = (blocks.view(4, -1, SIDE).amax(2).T * (1 + 1e-5)).float().contiguous()
     bias = bias.float()
     bias[n:] = torch.finfo(torch.float32).min
@@ -169,18 +169,12 @@ def _attempt(
             scratch = spare.pop()
         except IndexError:
             scratch = torch.empty(library.scratch_bytes(rows, room), dtype=torch.uint8)
-        arrays = [
-            left.words[start // SIDE :],
-            right.words,
-            bias,
-            bounds[:, padded].contiguous(),
-            largest,
-            base[own],
-        ]
+        errors = bounds[:, padded].contiguous()
+        packed = [left.words[start // SIDE :], right.words, bias, errors, largest, base[own]]
         sizes = [right.steps, parts, own.stop - start, n, columns, room, last, k, dim, euclidean]
-        more = [left.unit[own], right.unit, None if exclude is None else exclude[own], scratch]
+        exact = [left.unit[own], right.unit, None if exclude is None else exclude[own], scratch]
         results = [values[own], positions[own], states[own]]
-        library.search(*map(_at, arrays), *sizes, scale**2, *map(_at, more + results))
+        library.search(*map(_at, packed), *sizes, scale**2, *map(_at, exact), *map(_at, results))
         spare.append(scratch)
 
     run(block, range(0, count, rows))
