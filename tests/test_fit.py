@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import random
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimbench import checkpoint, seeds
+from mimbench import checkpoint, compiling, seeds
+from mimbench import fit as fit_module
 from mimbench.data.split import Batch, InMemory, Split
 from mimbench.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, ResultsError
 from mimbench.fit import History, Recipe, fit
@@ -80,7 +80,9 @@ class Toy(nn.Module):
         time.sleep(self.pause)
 
 
-RECIPE = Recipe(epochs=4, batch_size=8, base_lr=0.05, lr_batch=8, ema=0.9, checkpoint_minutes=0)
+RECIPE = Recipe(
+    epochs=4, batch_size=8, base_lr=0.05, lr_batch=8, ema=0.9, compile=False, checkpoint_minutes=0
+)
 
 
 def train(model: nn.Module, recipe: Recipe = RECIPE, folder: Path | None = None, **others) -> History:
@@ -345,12 +347,108 @@ def test_precision(precision: str, kind: torch.dtype) -> None:
 
 
 def test_a_compiled_forward_trains_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compiling, "compiled", lambda model, device: torch.compile(model, backend="eager"))
     eager, compiled = Toy(), Toy()
     train(eager)
-    train(compiled, dataclasses.replace(RECIPE, compile=True), tmp_path)
+    history = train(compiled, dataclasses.replace(RECIPE, compile=True), tmp_path)
+    assert history.compiled
     assert checkpoint.load_weights(tmp_path / "model.safetensors").keys() == eager.state_dict().keys()
     torch.testing.assert_close(compiled.net[1].weight, eager.net[1].weight)
+
+
+# What a recipe leaves open
+
+
+def trials(seconds: dict[tuple[str, bool], float | Exception], monkeypatch: pytest.MonkeyPatch) -> list:
+    """Lets a trial of (precision, compiled) take given seconds; returns the trials that were asked for."""
+    asked: list = []
+
+    def trial(self: object, precision: str, compiled: bool) -> float:
+        asked.append((precision, compiled))
+        taken = seconds[precision, compiled]
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(fit_module._Training, "_trial", trial)
+    return asked
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(0.5, "bf16"), (0.95, "fp32"), (2.0, "fp32")])
+def test_auto_precision_is_bf16_where_it_is_clearly_faster(
+    bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials({("fp32", False): 1.0, ("bf16", False): bf16}, monkeypatch)
+    auto, fixed = Toy(), Toy()
+    history = train(auto, dataclasses.replace(RECIPE, precision="auto"))
+    assert history.precision == chosen
+    train(fixed, dataclasses.replace(RECIPE, precision=chosen))
+    assert_same(auto, fixed)
+
+
+def test_a_trial_times_steps_and_changes_nothing(tmp_path: Path) -> None:
+    auto, fixed = Toy(), Toy()
+    history = train(auto, dataclasses.replace(RECIPE, precision="auto"), tmp_path)
+    assert history.precision in ("fp32", "bf16")
+    expected = train(fixed, dataclasses.replace(RECIPE, precision=history.precision))
+    assert_same(auto, fixed)
+    assert history.curve == expected.curve
+    assert auto.calls == fixed.calls
+
+
+def test_compiling_is_tried_where_training_is_long_and_kept_where_it_pays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiling, "compiled", lambda model, device: model)
+    recipe = dataclasses.replace(RECIPE, compile="auto", epochs=100)  # 500 steps
+    short = dataclasses.replace(recipe, epochs=99)
+    slow, fast, failing = (3.0, 4.0), (3.0, 2.0), (3.0, RuntimeError("no C++ compiler\nlong trace"))
+    for eager, compiled in (slow, fast, failing):
+        asked = trials({("fp32", False): eager, ("fp32", True): compiled}, monkeypatch)
+        history = train(Toy(), recipe)
+        assert asked == [("fp32", False), ("fp32", True)]
+        assert history.compiled is (compiled == 2.0)
+        assert history.warnings == (["not compiled: no C++ compiler"] if compiled == failing[1] else [])
+    assert not train(Toy(), short).compiled
+    asked = trials({("fp32", False): 1.0}, monkeypatch)  # 500 s: the compiler would take longer than it saves
+    assert not train(Toy(), recipe).compiled
+    assert asked == [("fp32", False)]
+
+
+def test_a_budget_of_images_is_an_equal_number_of_epochs_with_the_same_schedule() -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=8, warmup_epochs=2)
+    short, same = Toy(), Toy()
+    history = train(short, dataclasses.replace(recipe, budget="160img"))
+    assert (history.images, history.steps) == (160, 20)
+    train(same, dataclasses.replace(recipe, epochs=4, warmup_epochs=1))
+    assert_same(short, same)
+
+
+def test_a_budget_of_time_is_the_steps_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = trials({("fp32", False): 0.5}, monkeypatch)
+    recipe = dataclasses.replace(RECIPE, budget="6.2s")
+    history = train(Toy(), recipe)
+    assert (history.steps, history.planned, asked) == (12, 12, [("fp32", False)])
+    for stop in (3, 8):
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(Stopping(stop), recipe, tmp_path)
+        asked.clear()
+        trials({("fp32", False): 99.0}, monkeypatch)  # a slower day: what was begun is finished as planned
+    resumed, whole = Toy(), Toy()
+    assert train(resumed, recipe, tmp_path).steps == 12
+    train(whole, dataclasses.replace(RECIPE, epochs=12 / 5))
+    assert_same(resumed, whole)
+
+
+def test_a_real_budget_of_time_is_kept_to() -> None:
+    history = train(Toy(pause=0.05), dataclasses.replace(RECIPE, budget="1s"))
+    assert 1 <= history.steps == history.planned <= 20  # a step takes 50 ms and a little
+
+
+@pytest.mark.parametrize("text", ["", "2", "0s", "-1m", "2 weeks", "10epochs", "nan s"])
+def test_a_budget_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="neither a time nor a number of images"):
+        Recipe(budget=text)
 
 
 # A loss that is no number

@@ -30,12 +30,14 @@ def make_record(
         "command": f"mimbench run --method {method} --protocol {protocol} --dataset cifar10 --seed {seed}",
         "method": MethodUsed(method, "0123456789ab"),
         "protocol": ProtocolUsed(protocol, 1, "dino", "ba9876543210", {"recipe": "dino", "k": [10, 20]}),
-        "config": {"mask_ratio": 0.75, "recipe": {"epochs": 100.0}},
+        "config": {"mask_ratio": 0.75, "recipe": {"epochs": 100.0, "budget": None}},
         "preset": "cifar",
         "overrides": {},
         "seed": seed,
         "pretrain": Pretraining(
-            *("cifar10", "aaa", "key0", 4500, 90, 1.5, 12.5, 12.5, 0, 1 << 30), precision="fp32"
+            *("cifar10", "aaa", "key0", 4500, 90, 1.5, 12.5, 12.5, 0, 1 << 30),
+            precision="fp32",
+            compiled=True,
         ),
         "data": DataUsed("cifar10", "aaa+bbb", "", 50000, 400),
         "encoder": EncoderUsed(5_400_000, "mean of patches", 192, 32, [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]),
@@ -72,6 +74,8 @@ def test_a_record_of_schema_1_loads_for_ever() -> None:
     assert (run.method.slug, run.protocol.name, run.seed) == ("mae", "knn", 0)
     assert run.score == Metric(61.25, 56.75, 65.75, 400)
     assert run.pretrain.epochs == 1.5
+    assert run.pretrain.compiled is False
+    assert run.config["recipe"]["budget"] is None
     assert record.unpack(run.correct or "").sum() == 245
 
 
@@ -204,7 +208,7 @@ def _edited(changes: dict[str, Any], drop: str = "") -> str:
         ("<<<<<<< HEAD\n{}", "is not JSON"),
         ("[]", "no schema number"),
         ('{"schema": true}', "no schema number"),
-        (_edited({"schema": 2}), "schema 2, newer than 1"),
+        (_edited({"schema": 3}), "schema 3, newer than 2"),
         (_edited({"schema": 0}), "schema 0, which never existed"),
         (_edited({"speed": 1}), "unknown keys: speed"),
         (_edited({}, drop="seed"), "lacks: seed"),
@@ -227,6 +231,22 @@ def test_a_damaged_record_is_named_with_its_fault(text: str, named: str, tmp_pat
     with pytest.raises(ResultsError, match=named) as raised:
         record.read(file)
     assert str(file) in str(raised.value)
+
+
+def test_a_record_of_schema_2_loads_for_ever() -> None:
+    assert record.read(FIXTURES / "schema2.json") == make_record()
+
+
+def test_seeds_that_got_differently_far_within_a_budget_share_a_setting() -> None:
+    def trained(epochs: float, budget: str | None, seed: int) -> str:
+        run = make_record(seed=seed, config={"recipe": {"epochs": 100.0, "budget": budget}})
+        return record.setting(
+            dataclasses.replace(run, pretrain=dataclasses.replace(run.pretrain, epochs=epochs))
+        )
+
+    assert trained(3.1, "2m", 0) == trained(2.9, "2m", 1)
+    assert trained(3.1, "2m", 0) != trained(3.1, "4m", 0)
+    assert trained(3.1, None, 0) != trained(2.9, None, 0)
 
 
 def test_older_schemas_migrate_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,12 @@ Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
 Settings = Annotated[
     list[str], typer.Option("--set", help="key=value of the method, or PROTOCOL.key=value; may be repeated.")
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Pretrain for 90s, 2m, 1.5h or 200000img (images seen) instead of the preset's epochs."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -122,6 +128,11 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _overrides(settings: list[str], budget: str | None) -> tuple[str, ...]:
+    """What ``--set`` and its short forms change."""
+    return (*settings, *([f"recipe.budget={budget}"] if budget is not None else ()))
+
+
 def _print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> None:
     """A table on standard output; wide ones are not cut where the output is no terminal."""
     from rich.console import Console
@@ -159,6 +170,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
         seed: Seed = 0,
         seeds: Seeds = 1,
         set_: Settings = [],  # noqa: B006
+        budget: Budget = None,
         device: Device = "auto",
         force: Annotated[bool, typer.Option(help="Repeat what is recorded already.")] = False,
         as_json: AsJson = False,
@@ -174,7 +186,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
             eval_dataset=eval_dataset,
             preset=preset,
             seeds=tuple(range(seed, seed + seeds)),
-            overrides=tuple(set_),
+            overrides=_overrides(set_, budget),
             device=device,
             force=force,
             may_pretrain=may_pretrain,
@@ -253,6 +265,7 @@ def pretrain(
     seed: Seed = 0,
     seeds: Seeds = 1,
     set_: Settings = [],  # noqa: B006
+    budget: Budget = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -265,7 +278,7 @@ def pretrain(
         dataset=dataset,
         preset=preset,
         seeds=tuple(range(seed, seed + seeds)),
-        overrides=tuple(set_),
+        overrides=_overrides(set_, budget),
         device=device,
     )
     for trained in runner.pretrain_all(request, Progress(quiet=quiet)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
+import re
 import shutil
 import signal
 import sys
@@ -19,15 +21,22 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mimbench import checkpoint, config, seeds
+from mimbench import checkpoint, config, machine, seeds
 from mimbench.data import Batch, InMemory, Split
 from mimbench.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
 from mimbench.optim import learning_rate, make_optimizer, scaled, set_learning_rates
-from mimbench.progress import Progress
+from mimbench.progress import Progress, quiet
 
 FORMAT = 1  # of saved training state; raised when its meaning changes
 POINTS = 300  # most points of a curve
 CHECK_EVERY = 50  # steps after which losses are fetched from the device
+TRIAL = 4  # steps of a timed trial, of which the first is dropped
+WORTH = 1.15  # how much faster bf16 must be to be chosen: a trial on a busy machine is that unsure
+LONG = 500  # steps below which compiling is not tried
+COMPILE_PAYS = {
+    "cpu": 600.0,
+    "cuda": 60.0,
+}  # seconds of training left from which compiling can pay for itself
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Recipe:
     """How something is trained. A method's ``Config.recipe`` gives the paper's values."""
 
     epochs: float = 100  # passes over the training split
+    budget: str | None = None  # trains for "90s", "2m", "1.5h" or "200000img" (images seen) instead of epochs
     batch_size: int = 256  # images per optimizer step, over all accumulated parts
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     base_lr: float = 1e-3  # learning rate at a batch of lr_batch images
@@ -54,8 +64,12 @@ class Recipe:
     clip_norm: float | None = None  # largest global gradient norm
     accumulate: int = 1  # parts that a batch is split into, to save memory
     ema: float | None = None  # decay of an average of the weights, which then replaces them at the end
-    precision: Literal["fp32", "bf16"] = "fp32"  # autocast
-    compile: bool = False  # torch.compile the model's forward
+    precision: Literal["auto", "fp32", "bf16"] = (
+        "fp32"  # bf16 is autocast; auto: what a timed trial finds faster
+    )
+    compile: bool | Literal["auto"] = (
+        "auto"  # the model's forward; auto: where a timed trial says that it pays
+    )
     checkpoint_minutes: float = 5.0  # how often training state is saved
 
     def __post_init__(self) -> None:
@@ -71,6 +85,21 @@ class Recipe:
         )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"recipe.betas = {list(self.betas)} should lie in [0, 1)")
+        if self.budget is not None:
+            parse_budget(self.budget)
+
+
+def parse_budget(text: str) -> tuple[float, Literal["seconds", "images"]]:
+    """What a budget such as "90s", "2m", "1.5h" or "200000img" allows. Raises ConfigError for other texts."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|img)", text.strip())
+    if not found or not float(found[1]):
+        raise ConfigError(
+            f"the budget '{text}' is neither a time nor a number of images",
+            "Write 90s, 2m, 1.5h or 200000img",
+        )
+    amount = float(found[1])
+    return (amount, "images") if found[2] == "img" else (amount * units[found[2]], "seconds")
 
 
 class Trainable(Protocol):
@@ -110,6 +139,9 @@ class History:
     images: int = 0  # images seen
     seconds: float = 0.0  # wall time of training, over all resumed parts
     resumed: int = 0  # how many times training went on from a checkpoint
+    precision: str = ""  # what it ran in, fp32 or bf16
+    compiled: bool = False
+    planned: int = 0  # steps that the recipe or its budget came to; 0 until that is settled
     peak_memory: int = 0  # bytes on the GPU, or of the process
     warnings: list[str] = field(default_factory=list)
 
@@ -166,7 +198,7 @@ class _Training:
                 f"a batch of {recipe.batch_size} was cut to the {len(split)} images there are"
             )
             recipe = dataclasses.replace(recipe, batch_size=len(split))
-        if 0 < recipe.epochs <= recipe.warmup_epochs:
+        if recipe.budget is None and 0 < recipe.epochs <= recipe.warmup_epochs:
             self.history.warnings.append(
                 f"the warm-up of {recipe.warmup_epochs:g} epochs covers all of training ({recipe.epochs:g})"
             )
@@ -179,10 +211,10 @@ class _Training:
         self.folder = folder
         self.name = name
         self.steps_per_epoch = len(split) // recipe.batch_size
-        self.total = max(1, round(recipe.epochs * self.steps_per_epoch)) if recipe.epochs else 0
+        self.total = 0
         self.optimizer = make_optimizer(model, recipe)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.forward: Callable[..., Mapping[str, Tensor]] = torch.compile(model) if recipe.compile else model
+        self.forward: Callable[..., Mapping[str, Tensor]] = model
         self.average = _copy(model) if recipe.ema is not None else {}
         self.step = 0
         self.window: dict[str, tuple[float, int]] = {}  # sum and count of each scalar since the last point
@@ -194,12 +226,15 @@ class _Training:
             return self._finished(self.folder)
         if self.folder:
             self._restore(self.folder)
-        self.before = self.history.seconds
-        self.began = self.last_save = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.model.train()
         with _forked_rng(self.device), _deferred_interrupt() as interrupted:
+            if not self.history.planned:
+                self._plan()
+            self._follow_plan()
+            self.before = self.history.seconds
+            self.began = self.last_save = time.perf_counter()
             steps = self.progress.track(self._batches(), self.name, total=self.total, start=self.step)
             with contextlib.closing(steps):
                 for batch in steps:
@@ -211,6 +246,69 @@ class _Training:
                         self._save()
         self._finish()
         return self.history
+
+    def _plan(self) -> None:
+        """Settles what the recipe leaves open by steps of a copy, which are timed and thrown away."""
+        recipe, history = self.recipe, self.history
+        size, per_epoch = recipe.batch_size, self.steps_per_epoch
+        amount, unit = parse_budget(recipe.budget) if recipe.budget else (recipe.epochs * per_epoch, "steps")
+        steps = max(1, round(amount / size if unit == "images" else amount)) if amount else 0
+        on_gpu = self.device.type == "cuda"
+        history.precision, history.compiled = recipe.precision, recipe.compile is True
+        taken: float | None = None  # seconds of a step
+        if recipe.precision == "auto" and on_gpu:
+            history.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        elif recipe.precision == "auto":
+            fp32, bf16 = (self._trial(name, False) for name in ("fp32", "bf16"))
+            history.precision, taken = ("bf16", bf16) if bf16 * WORTH < fp32 else ("fp32", fp32)
+        if unit == "seconds" or (recipe.compile == "auto" and steps >= LONG):
+            taken = taken or self._trial(history.precision, history.compiled)
+            remaining = amount if unit == "seconds" else steps * taken
+            if recipe.compile == "auto" and remaining > COMPILE_PAYS[self.device.type]:
+                try:
+                    compiled = self._trial(history.precision, True)
+                except Exception as fault:  # the compiler is not there, or cannot take this model
+                    reason = str(fault).strip().partition("\n")[0] or type(fault).__name__
+                    history.warnings.append(f"not compiled: {reason}")
+                else:
+                    history.compiled = compiled < taken
+                    taken = min(taken, compiled)
+            if unit == "seconds":
+                steps = max(1, int(amount / taken))
+        history.planned = steps
+
+    def _trial(self, precision: str, compiled: bool) -> float:
+        """Seconds of a training step, by a copy of the model that takes a few."""
+        recipe = dataclasses.replace(self.recipe, compile=compiled, budget=None)
+        twin = _Training(
+            *(copy.deepcopy(self.model), self.split, recipe, self.seed, self.device, quiet(), None, self.name)
+        )
+        twin.history.precision, twin.history.compiled, twin.history.planned = precision, compiled, TRIAL
+        twin._follow_plan()
+        taken = []
+        for step in range(TRIAL):
+            batch = twin._read(step)
+            taken.append(machine.seconds(functools.partial(twin._optimise, batch), self.device))
+        return min(taken[1:])
+
+    def _follow_plan(self) -> None:
+        """Adopts what was settled. A budget shortens or stretches the schedule, warm-up and milestones with it."""
+        recipe, history = self.recipe, self.history
+        self.total = history.planned
+        changes: dict[str, Any] = {"precision": history.precision}
+        if recipe.budget:
+            epochs = self.total / self.steps_per_epoch
+            stretch = epochs / recipe.epochs if recipe.epochs else 1.0
+            changes |= {
+                "epochs": epochs,
+                "warmup_epochs": recipe.warmup_epochs * stretch,
+                "milestones": tuple(milestone * stretch for milestone in recipe.milestones),
+            }
+        self.recipe = dataclasses.replace(recipe, **changes)
+        if history.compiled:
+            from mimbench.compiling import compiled
+
+            self.forward = compiled(self.model, self.device)
 
     def _batches(self) -> Iterator[Batch]:
         """The batches of all steps to come; the next is read while one is trained on."""
@@ -238,7 +336,12 @@ class _Training:
         return batch
 
     def _train(self, batch: Batch) -> None:
-        """One optimizer step."""
+        """One optimizer step, logged."""
+        scalars, lr = self._optimise(batch)
+        self._log(scalars, lr)
+
+    def _optimise(self, batch: Batch) -> tuple[dict[str, Tensor], float]:
+        """One optimizer step. Returns what it logs, on the device, and its learning rate."""
         recipe, model = self.recipe, self.model
         with torch.no_grad():
             generator = seeds.generator(self.device, self.seed, "views", self.step)
@@ -265,7 +368,7 @@ class _Training:
             if recipe.ema is not None:
                 _move(self.average, model, recipe.ema)
         self.step += 1
-        self._log(scalars, lr)
+        return scalars, lr
 
     def _log(self, scalars: dict[str, Tensor], lr: float) -> None:
         self.pending.append(scalars)

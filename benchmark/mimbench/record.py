@@ -30,9 +30,19 @@ from mimbench.task import Metric
 if TYPE_CHECKING:
     import numpy as np
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+def _budgets(content: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 says what training by a budget came to, and whether the model was compiled."""
+    recipe = content["config"].setdefault("recipe", {})
+    content["pretrain"]["compiled"] = bool(recipe.get("compile"))
+    recipe["budget"] = None
+    return content | {"schema": 2}
+
+
 # From a schema number to the function that turns such a record's content into that of the next schema.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _budgets}
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ class Pretraining:
     device_seconds: float  # the same times the number of devices
     resumed: int  # how many times it went on from a checkpoint
     peak_memory: int  # bytes on the GPU, or of the process
-    precision: str  # fp32 or bf16
+    precision: str  # fp32 or bf16: what "auto" came to
+    compiled: bool  # whether torch.compile was used
 
 
 @dataclass(frozen=True)
@@ -187,10 +198,10 @@ def protocol_code(name: str) -> str:
 
 def setting(record: Record) -> str:
     """A hash that two runs share when they differ by their seed, protocol or evaluation data alone."""
-    pretrain = record.pretrain
+    pretrain, budget = record.pretrain, record.config["recipe"].get("budget")
     return config.digest(
         *("setting", record.method.slug, record.preset, record.backbone, record.config),
-        *(pretrain.data_fingerprint, pretrain.epochs),
+        *(pretrain.data_fingerprint, budget or pretrain.epochs),  # seeds get differently far in the same time
     )
 
 

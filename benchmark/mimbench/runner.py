@@ -422,7 +422,8 @@ class _Job:
         return Outcome(made, file, repeated=True)
 
     def _record(self, pretrained: Pretrained, encoder: Encoder, result: Result, context: Context) -> Record:
-        history, choice = pretrained.history, self.protocol
+        history, choice, recipe = pretrained.history, self.protocol, pretrained.recipe
+        epochs = history.images / len(pretrained.split) if recipe.budget else recipe.epochs
         return Record(
             command=self.command,
             method=MethodUsed(self.slug, record.method_code(self.slug)),
@@ -443,12 +444,13 @@ class _Job:
                 key=pretrained.key,
                 images=history.images,
                 steps=history.steps,
-                epochs=self.settings.recipe.epochs,
+                epochs=epochs,
                 seconds=history.seconds,
                 device_seconds=history.seconds,
                 resumed=history.resumed,
                 peak_memory=history.peak_memory,
-                precision=self.settings.recipe.precision,
+                precision=history.precision,
+                compiled=history.compiled,
             ),
             data=DataUsed(
                 self.target.name,
