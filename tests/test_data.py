@@ -670,3 +670,15 @@ def test_prefetch_reads_no_further_than_asked_and_its_thread_ends() -> None:
     items.close()
     assert len(made) == 4, "one handed over, two waiting, one in hand"
     assert not [t for t in threading.enumerate() if t.name == "mimbench-prefetch"]
+
+
+def test_rows_in_order_are_read_without_a_copy_and_others_are_gathered() -> None:
+    store = InMemory(torch.randint(0, 256, (9, 3, 4, 4), dtype=torch.uint8))
+    for index in ([3, 4, 5], [0], [], list(range(9)), [3, 4, 6], [5, 4, 3], [2, 2, 3], [0, 1, 1]):
+        found, sizes = store.read(torch.tensor(index, dtype=torch.long))
+        assert sizes is None
+        assert torch.equal(
+            found, torch.stack([store.images[i] for i in index]) if index else store.images[:0]
+        )
+        if index in ([3, 4, 5], list(range(9))):
+            assert found.data_ptr() == store.images[index[0]].data_ptr()

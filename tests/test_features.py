@@ -10,13 +10,13 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torch import Tensor, nn
 
-from mimbench import features
+from mimbench import features, registry
 from mimbench.data import InMemory, Split
 from mimbench.encoder import Features, InputSpec, normalise
 from mimbench.errors import DataError, MimbenchError
 from mimbench.models.resnet import ResNet, ResNetEncoder, ResNetShape
 from mimbench.progress import quiet
-from mimbench.task import Context
+from mimbench.task import Context, Task
 
 
 class Stub(nn.Module):
@@ -158,3 +158,30 @@ def test_positions_of_a_subset() -> None:
     whole = split_of(images(12)).subset(torch.tensor([7, 2, 9, 11, 0]))
     part = whole.subset(torch.tensor([4, 1, 2]))
     assert features.positions_in(part, whole).tolist() == [4, 1, 2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_cached_features_are_mapped_and_not_copied(context: Context) -> None:
+    split = split_of(images(10))
+    features.extract(Stub(), split, context)
+    (file,) = context.cache.iterdir()
+    assert file.stat().st_size < 10 * 12 * 4 + 400  # float32 and a short header
+    found = features.extract(Stub(), split, context)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    places = [[int(end, 16) for end in line[0].split("-")] for line in maps]
+    assert any(low <= found.data_ptr() < high for low, high in places)
+
+
+def test_the_next_protocol_reads_what_the_first_extracted(context: Context) -> None:
+    encoder = Stub()
+    train, test = (
+        split_of(images(40, seed=seed), str(seed), part) for seed, part in enumerate(("train", "test"))
+    )
+    labels = torch.arange(40) % 2
+    train, test = (dataclasses.replace(part, classes=("a", "b"), all_labels=labels) for part in (train, test))
+    calls = []
+    for name, settings in (("knn", {"ks": (1, 3)}), ("linear", {"c_steps": 2})):
+        protocol = registry.load_protocol(name)
+        protocol.evaluate(encoder, Task(train, test), protocol.Settings(**settings), context)
+        calls.append(encoder.calls)
+    assert calls == [2, 2]

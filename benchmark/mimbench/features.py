@@ -101,15 +101,18 @@ def positions_in(part: Split, whole: Split) -> Tensor:
 def _compute(encoder: Encoder, split: Split, context: Context, what: What, crop: float) -> Tensor:
     features: Tensor | None = None
     total = -(-len(split) // BATCH)
-    batches = prefetch(split.batches(BATCH, context.device))
+
+    def ready() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in split.batches(BATCH, context.device):
+            yield batch.index, prepare(batch.images, batch.sizes, encoder.input, crop)
+
     label = f"features of {split.dataset}/{split.part}"
-    for batch in context.progress.track(batches, label, total):
+    for index, images in context.progress.track(prefetch(ready()), label, total):
         with frozen(encoder), torch.autocast(context.device.type, enabled=False):
-            images = prepare(batch.images, batch.sizes, encoder.input, crop)
             part = getattr(encoder(images), what).float()
         if features is None:
             features = torch.empty(len(split), *part.shape[1:])
-        features[batch.index] = part.cpu()
+        features[index] = part.cpu()
     assert features is not None
     return features
 
@@ -123,7 +126,7 @@ def _cache_file(encoder: Encoder, split: Split, context: Context, what: What, cr
 
 
 def _read(file: Path, count: int, context: Context) -> Tensor | None:
-    """The features in a cache file, or None where there is none or it is damaged."""
+    """The features in a cache file, mapped into memory, or None where there is none or it is damaged."""
     if not file.is_file():
         return None
     try:
