@@ -198,7 +198,7 @@ def protocol_code(name: str) -> str:
 
 def setting(record: Record) -> str:
     """A hash that two runs share when they differ by their seed, protocol or evaluation data alone."""
-    pretrain, budget = record.pretrain, record.config["recipe"].get("budget")
+    pretrain, budget = record.pretrain, record.config.get("recipe", {}).get("budget")
     return config.digest(
         *("setting", record.method.slug, record.preset, record.backbone, record.config),
         *(pretrain.data_fingerprint, budget or pretrain.epochs),  # seeds get differently far in the same time

@@ -20,7 +20,7 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
-from mimbench.models.vit import ViT, ViTEncoder, ViTShape, patchify, sincos_positions
+from mimbench.models.vit import ViT, ViTEncoder, ViTShape, attention, gelu, patchify, sincos_positions
 
 RECIPE = Recipe(
     epochs=400,
@@ -64,16 +64,29 @@ class Config:
     recipe: Recipe = RECIPE  # authors' ImageNet script
 
 
+class Attention(nn.MultiheadAttention):
+    """From tokens (B, L, D) to tokens (B, M, D), with torch's parameters and the shared operator."""
+
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(tokens, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for tokens, weight, bias in zip((query, memory, memory), weights, biases, strict=True)
+        )
+        found = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(found.transpose(1, 2).flatten(2))
+
+
 class DecoderBlock(nn.Module):
     """Cross-attention, then MLP, then self-attention, each followed by its norm."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         width, dropout = decoder.width, decoder.dropout
-        self.multihead_attn = nn.MultiheadAttention(width, decoder.heads, dropout, batch_first=True)
+        self.multihead_attn = Attention(width, decoder.heads, dropout)
         self.linear1 = nn.Linear(width, decoder.hidden)
         self.linear2 = nn.Linear(decoder.hidden, width)
-        self.self_attn = nn.MultiheadAttention(width, decoder.heads, dropout, batch_first=True)
+        self.self_attn = Attention(width, decoder.heads, dropout)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)  # after self-attention; numbered as in the authors' code
         self.norm2 = nn.LayerNorm(width, eps=1e-6)  # after cross-attention
         self.norm3 = nn.LayerNorm(width, eps=1e-6)  # after the MLP
@@ -81,16 +94,16 @@ class DecoderBlock(nn.Module):
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
         """Tokens of the masked view (B, 1 + L, D) that look at those of the full view (B, 1 + L, D)."""
-        found = self.multihead_attn(query, memory, memory, need_weights=False)[0]
-        query = self.norm2(query + self.dropout(found))
-        hidden = self.dropout(F.gelu(self.linear1(query)))
+        query = self.norm2(query + self.dropout(self.multihead_attn(query, memory)))
+        hidden = self.dropout(gelu(self.linear1(query)))
         query = self.norm3(query + self.dropout(self.linear2(hidden)))
-        mixed = self.self_attn(query, query, query, need_weights=False)[0]
-        return self.norm1(query + self.dropout(mixed))
+        return self.norm1(query + self.dropout(self.self_attn(query, query)))
 
 
 class Model(nn.Module):
     """One encoder for both views, a decoder from the masked view to the full one, MAE's loss."""
+
+    decoder_pos_embed: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()

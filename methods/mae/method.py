@@ -81,6 +81,8 @@ class Model(nn.Module):
 
     needs = ()
 
+    decoder_pos_embed: Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config

@@ -38,16 +38,16 @@ class Model(nn.Module):
         self.config = config
         self.input = InputSpec(config.image_size)
         if config.architecture == "resnet":
-            self.backbone: nn.Module = ResNet(config.resnet)
+            self.backbone: ResNet | ViT = ResNet(config.resnet)
         else:
-            self.backbone = ViT(config.image_size, config.vit)
-            for module in self.backbone.modules():
+            self.backbone = vit = ViT(config.image_size, config.vit)
+            for module in vit.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
-            projection = self.backbone.patch_embed.proj.weight
+            projection = vit.patch_embed.proj.weight
             nn.init.xavier_uniform_(projection.view(len(projection), -1))
-            nn.init.normal_(self.backbone.cls_token, std=0.02)
+            nn.init.normal_(vit.cls_token, std=0.02)
 
     def encoder(self) -> Encoder:
         """The untrained backbone."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimbench.encoder import Features, InputSpec
-from mimbench.models.vit import MLP, PatchEmbed, ViTShape, drop_path
+from mimbench.models.vit import MLP, PatchEmbed, ViTShape, attention, drop_path
 
 
 def relative_index(rows: int, columns: int) -> Tensor:
@@ -48,7 +48,8 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """Biases (heads, 1 + L, 1 + L); for another grid the table is interpolated bicubically."""
-        table, index = self.relative_position_bias_table, self.relative_position_index
+        table: Tensor = self.relative_position_bias_table
+        index = self.relative_position_index
         if grid != self.grid:
             trained = (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)
             target = (2 * grid[0] - 1, 2 * grid[1] - 1)
@@ -76,7 +77,7 @@ class Attention(nn.Module):
             x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         )
         q, k, v = qkv.reshape(b, length, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+        x = attention(q, k, v, bias.to(q.dtype)[None])
         return self.proj(x.transpose(1, 2).reshape(b, length, d))
 
 
@@ -123,6 +124,7 @@ class RelativeViT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02, a=-0.02, b=0.02)
         with torch.no_grad():
             for number, block in enumerate(self.blocks, 1):
+                assert isinstance(block, Block)
                 block.attn.proj.weight /= math.sqrt(2 * number)
                 block.mlp.fc2.weight /= math.sqrt(2 * number)
 
@@ -168,6 +170,7 @@ class RelativeViTEncoder(nn.Module):
         tuned.fc_norm = nn.LayerNorm(self.dim, eps=1e-6)
         tuned.readout = "mean of patch tokens of the last block, then a fresh norm"
         for number, block in enumerate(tuned.vit.blocks):
+            assert isinstance(block, Block)
             block.drop_path = drop_path * number / max(self.depth - 1, 1)
         return tuned.requires_grad_(True)
 

@@ -62,7 +62,7 @@ class Model(nn.Module):
         self.input = InputSpec(config.image_size)
         if config.architecture == "resnet":
             backbone = ResNet(config.resnet)
-            self.body: nn.Module = ResNetEncoder(backbone, self.input)
+            self.body: ResNetEncoder | ViTEncoder = ResNetEncoder(backbone, self.input)
         else:
             vit = ViT(config.image_size, config.vit)
             for module in vit.modules():

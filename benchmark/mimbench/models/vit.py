@@ -93,15 +93,16 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x * keep / (1 - rate)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over heads (B, H, L, d), with ``dropout`` on the weights (Vaswani et al., 2017).
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v over heads (B, H, L, d), ``dropout`` on the weights (Vaswani et al., 2017).
 
     On a CPU in bfloat16 the weights are written out: at 17 to 257 tokens torch's fused operator takes about
     twice as long there (``benchmark/speed/pretrain_step.py``). Everywhere else the fused one is used.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] * k.shape[-2] > LARGEST_EXPLICIT:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    weights = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype)
     return F.dropout(weights, dropout) @ v if dropout else weights @ v
 
 
