@@ -178,6 +178,7 @@ def classify(
         "chosen_C": chosen,
         "objective": solution.objective,
         "gradient_norm": solution.gradient_norm,
+        "duality_gap": solution.duality_gap,
         "iterations": solution.iterations,
         "converged": solution.converged,
     }
