@@ -7,6 +7,7 @@ in torch: a DataLoader, the forward, ``torch.cat``.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -67,8 +68,9 @@ def compare(
     growth = []
     for times in (1, 2, 4) if grow else ():
         more = split_of(times * count // 2, side)
-        seconds = machine.seconds(lambda more=more: features.extract(encoder, more, context), device)
+        began = time.perf_counter()
         _, memory = machine.memory_growth(lambda more=more: features.extract(encoder, more, context), device)
+        seconds = time.perf_counter() - began
         growth.append(Scale(f"{times}x: {len(more):,} images", seconds, memory))
     timings = [Timing(name, seconds, about[name]) for name, seconds in taken.items()]
     return Comparison(
