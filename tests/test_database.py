@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from test_record import make_record
 
-from mimbench import database, record, registry, reported
+from mimbench import database, record, registry, reported, speed
 from mimbench.errors import ResultsError
 from mimbench.record import MethodUsed, Record
 from mimbench.task import Metric
@@ -121,6 +121,62 @@ def test_broken_files_are_reported_each_time_and_hide_nothing(folder: Path) -> N
     assert ask(folder, "SELECT count(*) FROM runs") == [(1,)]
     file.with_name("torn.json").unlink()
     assert database.update(folder) == []
+
+
+def _timed(ratio: float = 3.0, **changes: Any) -> speed.Comparison:
+    """A comparison in which ours takes 0.5 s and a peer ``ratio`` times that."""
+    values: dict[str, Any] = {
+        "name": "knn",
+        "title": "Neighbours",
+        "work": "k = 20",
+        "ours": "mimbench",
+        "timings": [
+            speed.Timing("mimbench", [0.25, 0.5, 0.75], "0.1.0"),
+            speed.Timing("peer", [0.5 * ratio] * 3, "1.2", "brute force"),
+        ],
+        "agreement": ["all neighbours"],
+        "limit": speed.Limit("the matrix product", 0.25),
+        "bars": [speed.Bar("peer", 2.5), speed.Bar("absent", 1.0)],
+        "skipped": {"absent": "it is not installed"},
+        "growth": [speed.Scale("1x", 0.5, 100), speed.Scale("2x", 1.0)],
+        "created": "2026-11-21T13:00:00+01:00",
+        "environment": {"cpu": "A processor", "gpu": None, "cores": 2},
+    }
+    return speed.Comparison(**(values | changes))
+
+
+def test_comparisons_of_speed_are_followed_like_records(folder: Path) -> None:
+    record.write(make_record(), folder)
+    file = speed.write(_timed())
+    assert file.is_relative_to(folder)
+    torn = file.with_name("torn.json")
+    torn.write_text("{")
+    faults = database.update(folder)
+    assert len(faults) == 1
+    assert "torn.json is no speed comparison" in faults[0]
+    columns = "contender, version, ours, median, low, high, ratio, bar, reached, limit_seconds, times_limit, skipped"
+    assert ask(folder, f"SELECT {columns} FROM speed ORDER BY median") == [
+        ("mimbench", "0.1.0", True, 0.5, 0.25, 0.75, 1.0, None, None, 0.25, 2.0, None),
+        ("peer", "1.2", False, 1.5, 1.5, 1.5, 3.0, 2.5, True, 0.25, 6.0, None),
+        ("absent", None, False, None, None, None, None, 1.0, None, 0.25, None, "it is not installed"),
+    ]
+    assert ask(
+        folder, "SELECT DISTINCT comparison, cpu, gpu, threads, limit_is, created::VARCHAR FROM speed"
+    ) == [("knn", "A processor", None, 1, "the matrix product", "2026-11-21 12:00:00")]
+    assert ask(folder, "SELECT size, seconds, peak_bytes FROM growth ORDER BY seconds") == [
+        *(("1x", 0.5, 100), ("2x", 1.0, None))
+    ]
+    assert ask(folder, "SELECT count(*) FROM runs") == [(1,)]
+
+    torn.unlink()
+    speed.write(_timed(ratio=2.0, growth=[]))
+    assert database.update(folder) == []
+    assert ask(folder, "SELECT ratio, reached FROM speed WHERE contender = 'peer'") == [(2.0, False)]
+    assert ask(folder, "SELECT count(*) FROM growth") == [(0,)]
+    file.unlink()
+    database.update(folder)
+    assert ask(folder, "SELECT count(*) FROM speed") == [(0,)]
+    assert ask(folder, "SELECT count(*) FROM runs") == [(1,)]
 
 
 @pytest.mark.parametrize("damage", ["junk", "truncated", "flipped", "layout", "empty", "foreign"])
@@ -352,6 +408,34 @@ def test_the_leaderboard_averages_seeds_and_shares_ranks_where_intervals_overlap
     assert board[1][4:] == pytest.approx((sum(mae) / 3, reference.low, reference.high))
     assert board[2][4:] == (55.0, 50.5, 59.5)
     assert ask(folder, "SELECT rank FROM leaderboard WHERE dataset = 'cifar10-x'") == [(1,)]
+
+
+def test_the_leaderboard_ranks_each_budget_and_epochs_apart(folder: Path) -> None:
+    for budget in (None, "2m", "200000img"):
+        recipe = {"recipe": {"epochs": 100.0, "budget": budget}}
+        for method, value in (("mae", 61.0), ("simmim", 80.0)):
+            value -= 20 if budget == "2m" else 0
+            run = make_record(method=method, score=value, config=recipe, overrides={"budget": budget})
+            record.write(run, folder)
+    floor = dataclasses.replace(make_record().pretrain, images=0, steps=0, epochs=0.0, seconds=0.0)
+    record.write(make_record(method="random_init", score=10.0, pretrain=floor), folder)
+    database.update(folder)
+    board = ask(
+        folder, "SELECT compared_by, rank, method, budget, precision, compiled, images FROM leaderboard"
+    )
+    expected = []
+    for view, budget in (
+        ("epochs", None),
+        ("200000img", "200000img"),
+        ("2m on an unnamed processor, threads: None", "2m"),
+    ):
+        rows = [(1, "simmim", budget), (2, "mae", budget)]
+        expected += [(view, *row, "fp32", True, 4500) for row in rows]
+        expected.append((view, None, "random_init", None, "fp32", True, 0))
+    assert board == expected
+    assert ask(folder, "SELECT compared_by, count(*) FROM runs GROUP BY ALL ORDER BY ALL") == [
+        *(("200000img", 2), ("2m on an unnamed processor, threads: None", 2), ("epochs", 3))
+    ]
 
 
 def test_where_lower_is_better_the_lowest_ranks_first(folder: Path) -> None:

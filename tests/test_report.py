@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from mimbench import database, record, registry
+from mimbench import database, record, registry, speed
 from mimbench import report as rendering
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.task import Metric
@@ -123,6 +123,23 @@ def made(slug: str = "alpha", value: float = 60.0, seed: int = 0, half: float = 
     return Record(**(fields | more))
 
 
+def budgeted(slug: str, value: float, budget: str, seed: int = 0, **more: Any) -> Record:
+    """A record trained by ``budget``, in which each seed got differently far."""
+    base = made(slug, value, seed)
+    reached = dataclasses.replace(
+        base.pretrain,
+        epochs=3.0 + seed / 5,
+        images=150_000 + 10_000 * seed,
+        seconds=117.0 + seed,
+        precision="bf16",
+        compiled=True,
+    )
+    config = {"recipe": {"epochs": 20, "budget": budget}}
+    return made(
+        slug, value, seed, pretrain=reached, config=config, overrides={"recipe": {"budget": budget}}, **more
+    )
+
+
 def tables(*records: Record, papers: Any = ()) -> list[rendering.Table]:
     return rendering.tables(records, papers)
 
@@ -168,6 +185,35 @@ def test_other_settings_are_other_rows(suite: Any) -> None:
     rows = tables(*pairs)[0].rows
     assert len(rows) == 4
     assert {row.overrides for row in rows} == {"", "mask_ratio=0.9"}
+
+
+def test_rows_by_epochs_and_rows_of_each_budget_are_ranked_apart(suite: Any) -> None:
+    gpu = {"environment": {"cpu": "A processor", "threads": 2, "device": "cuda", "gpu": "A GPU"}}
+    found = tables(
+        *(made("alpha", 60), made("beta", 50), made("noise", 40), made("labels", 90)),
+        *(budgeted("alpha", 41 + seed / 10, "2m", seed) for seed in range(2)),
+        *(budgeted("beta", 45, "2m"), budgeted("beta", 46, "2m", seed=1, **gpu)),
+        *(budgeted("alpha", 30, "200000img"), budgeted("beta", 35, "200000img", **gpu)),
+    )
+    shown = {t.view: [(r.method, r.rank, r.seeds) for r in t.rows] for t in found}
+    assert list(shown.items()) == [
+        ("epochs", [("labels", "", (0,)), ("alpha", "1", (0,)), ("beta", "2", (0,)), ("noise", "", (0,))]),
+        ("200000img", [("noise", "", (0,)), ("beta", "1", (0,)), ("alpha", "2", (0,))]),
+        # Two minutes on another machine are another cost.
+        ("2m on A GPU", [("beta", "–", (1,)), ("noise", "", (0,))]),
+        ("2m on A processor, threads: None", [
+            *(("beta", "1", (0,)), ("alpha", "2", (0, 1)), ("noise", "", (0,))),
+        ]),
+    ]  # fmt: skip
+    alpha = found[-1].rows[1]
+    assert (alpha.effort, alpha.seconds) == ("budget 2m: 3.1 epochs, 155,000 images", 117.5)
+    assert alpha.how == "bf16, compiled"
+    assert [line["role"] for line in alpha.strip["lines"]] == ["floor"]  # no ceiling had this budget
+    assert len({t.anchor for t in found}) == 4
+
+
+def test_floors_alone_are_a_table_by_epochs(suite: Any) -> None:
+    assert [(t.view, [r.role for r in t.rows]) for t in tables(made("noise"))] == [("epochs", ["floor"])]
 
 
 def test_a_mean_never_mixes_code(suite: Any) -> None:
@@ -267,22 +313,35 @@ def test_the_database_says_the_same(suite: Any, tmp_path: Path) -> None:
         made("beta", 90, recipe="alpha", method=MethodUsed("beta", "other")),
         made("noise", 40, recipe="alpha"),
         made("beta", 20, recipe="mae"),
+        *(
+            budgeted("alpha", value, "2m", seed, recipe="alpha")
+            for seed, value in enumerate((40.0, 41.0, 48.0))
+        ),
+        budgeted("beta", 70, "2m", recipe="alpha"),
+        budgeted("labels", 80, "200000img", recipe="alpha"),
+        made("gone", 30, recipe="dino"),  # has no folder, and a floor beside it
+        made("noise", 25, recipe="dino"),
     ]
     for each in records:
         record.write(each, tmp_path / "results")
     source = rendering.load(tmp_path / "results")
     found = [(t, row) for t in rendering.tables(source.records, source.papers) for row in t.rows]
     database.update(tmp_path / "results")
-    columns = "recipe, method, mean, low, high, seeds, rank"
+    columns = "recipe, compared_by, method, mean, low, high, seeds, rank, epochs, images, pretrain_seconds"
     _, rows = database.query(f"SELECT {columns} FROM leaderboard", tmp_path / "results")
-    assert len(rows) == len(found) == 4
-    for (table, row), (recipe, method, mean, low, high, seeds, rank) in zip(found, rows, strict=True):
-        assert (table.recipe, row.method, len(row.seeds)) == (recipe, method, seeds)
+    assert len(rows) == len(found) == 11
+    for (table, row), cells in zip(found, rows, strict=True):
+        recipe, view, method, mean, low, high, seeds, rank, epochs, images, seconds = cells
+        assert (table.recipe, table.view, row.method, len(row.seeds)) == (recipe, view, method, seeds)
+        assert (row.epochs, row.seconds) == pytest.approx((epochs, seconds))
+        assert not images or f"{images:,.0f} images" in row.effort
         assert (row.mean, row.low, row.high) == pytest.approx((mean, low, high))
         if row.rank not in ("", "–"):
             assert int(row.rank.partition("–")[0]) == rank
-    _, gaps = database.query("SELECT gap FROM comparison", tmp_path / "results")
-    assert [row.gap for _, row in found if row.reported] == pytest.approx([gap for (gap,) in gaps])
+    _, gaps = database.query("SELECT compared_by, gap FROM comparison", tmp_path / "results")
+    expected = [(t.view, row.gap and pytest.approx(row.gap)) for t, row in found if row.reported]
+    assert sorted(expected, key=str) == sorted(gaps, key=str)
+    assert [gap for view, gap in gaps if view == "epochs"] == [62 - 58.5]
 
 
 def test_the_nearest_reported_number_of_the_papers_own_is_shown(suite: Any) -> None:
@@ -368,7 +427,7 @@ def test_ticks_enclose_the_range_in_round_steps() -> None:
 class Page(html.parser.HTMLParser):
     """Ids, links, tags and text of a page; fails on tags that do not nest."""
 
-    VOID = ("meta", "link", "img", "br", "col")
+    VOID = ("meta", "link", "img", "br", "col", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -460,7 +519,7 @@ def test_every_link_leads_somewhere_and_hostile_text_stays_text(
     everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     papers = rendering.load(tmp_path / "results").papers
-    source = rendering.Source(everything, papers, [HOSTILE])
+    source = rendering.Source(everything, papers, [HOSTILE], [timed(HOSTILE)])
     monkeypatch.setattr(rendering, "load", lambda folder: source)
     site = rendering.report(tmp_path, tmp_path / "site").parent
     pages = crawl(site)
@@ -474,6 +533,8 @@ def test_every_link_leads_somewhere_and_hostile_text_stays_text(
     hostile = next(page for page in pages.values() if sum(seen in text for text in page.texts) > 8)
     assert "bdi" in hostile.tags
     assert not any("\u202e" in text for page in pages.values() for text in page.texts)
+    speed_page = next(page for file, page in pages.items() if file.name == "speed.html")
+    assert sum(seen in text for text in speed_page.texts) > 8
     index = (site / "index.html").read_text()
     assert not re.search(r"https?://(?!arxiv|github)", index), "something is fetched from elsewhere"
     assert (site / "methods" / "pictures" / "alpha-masking.svg").is_file()
@@ -519,6 +580,86 @@ def test_a_damaged_record_is_named_and_the_rest_rendered(suite: Any, tmp_path: P
     assert bad.name in index
     assert str(tmp_path) not in index
     assert "60.0" in index
+
+
+def timed(name: str = "knn", **more: Any) -> speed.Comparison:
+    """A comparison with a bar of each verdict; every text of it is ``name``."""
+    fields: dict[str, Any] = {
+        "name": name,
+        "title": name,
+        "work": name,
+        "ours": "mimbench",
+        "timings": [
+            speed.Timing("mimbench", [1.0, 2.0, 4.0], "0.1.0"),
+            speed.Timing("fast", [1.0, 1.5, 3.0], name, name),
+            speed.Timing(name, [9.0, 6.0, 5.0]),
+        ],
+        "agreement": [name],
+        "limit": speed.Limit(name, 0.5),
+        "bars": [speed.Bar("fast", 1.2), speed.Bar(name, 3.0), speed.Bar("absent", 7.0)],
+        "skipped": {"absent": f"{name} is not installed"},
+        "growth": [speed.Scale(name, 3.0, 5 * 2**20), speed.Scale("2x", 6.0)],
+        "created": "2026-11-21T12:00:00Z",
+        "environment": {"cpu": name, "gpu": None, "cores": 2, "python": name, "driver": "unseen"},
+        "threads": 2,
+    }
+    return speed.Comparison(**(fields | more))
+
+
+def test_a_comparison_shows_what_was_reached_and_what_was_missed(suite: Any, tmp_path: Path) -> None:
+    empty = (render(tmp_path) / "speed.html").read_text()
+    assert "make bench" in empty
+    assert 'href="speed.html"' in (tmp_path / "site" / "index.html").read_text()
+    file = speed.write(timed(name="knn-large"))
+    assert file.parent == tmp_path / "results" / "speed"
+    text = (render(tmp_path) / "speed.html").read_text()
+    words = " ".join(" ".join(Page(text).texts).split())
+    for expected in (
+        *(
+            "Of 3 bars, 1 reached, 1 missed, 1 not run",
+            "should take at least 1.2 times",
+            "it takes 0.75 times",
+        ),
+        *("it takes 3.00 times as long", "absent should take at least 7 times as long as ours"),
+        *("Ours takes 4.00 times the limit", "knn-large is not installed", "5 MiB", "not measured"),
+        *("21 November 2026", "2 threads of 2 cores", "1 to 4", "python benchmark/speed/knn.py --threads 2"),
+    ):
+        assert expected in words, expected
+    assert "unseen" not in words
+    assert re.findall(r'class="badge verdict ([\w-]+)"', text) == 2 * ["missed", "reached", "not-run"]
+    names = re.findall(r'<th scope="row">(?:<bdi>)?([\w -]+)', text.partition('class="speed"')[2])
+    assert names[:4] == ["the limit", "fast", "mimbench", "knn-large"]
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", text)]
+    assert widths == [8.3, 25.0, 33.3, 100.0]  # 0.5, 1.5, 2 and 6 s
+
+
+def test_comparisons_of_a_gpu_name_it_and_its_device(suite: Any) -> None:
+    facts = {"cpu": "A processor", "gpu": "A GPU", "driver": "595", "cuda": "13"}
+    view = rendering.speed_views([timed(device="cuda", environment=facts, threads=1)])[0]
+    assert (view["machine"], view["versions"]) == ("A GPU", "driver 595, cuda 13")
+    assert view["command"] == "python benchmark/speed/knn.py --threads 1 --device cuda"
+
+
+def test_a_damaged_comparison_is_named_and_the_rest_rendered(suite: Any, tmp_path: Path) -> None:
+    file = speed.write(timed("knn"))
+    file.with_name("torn.json").write_text("{")
+    site = render(tmp_path, made())
+    assert "speed/torn.json is no speed comparison" in (site / "index.html").read_text()
+    assert 'id="s-knn' in (site / "speed.html").read_text()
+
+
+def test_views_can_be_chosen_where_there_are_several(suite: Any, tmp_path: Path) -> None:
+    site = render(tmp_path, made())
+    assert "<fieldset" not in (site / "index.html").read_text()
+    render(tmp_path, budgeted("alpha", 50, "200000img"))
+    crawl(site)
+    for page in ("index.html", "protocols/linear.html"):
+        text = (site / page).read_text()
+        assert re.findall(r'name="view" value="(\w*)"', text) == ["", "epochs", "200000img"]
+        assert '<fieldset class="views" hidden>' in text, "without JavaScript a control that does nothing"
+        assert re.findall(r'<(\w+)[^>]* data-view="(\w+)"', text).count(("div", "epochs")) == 1
+        assert not re.search(r"data-view=[^>]* hidden", text), "without JavaScript all tables are shown"
+    assert "budget 200,000 images: 3.0 epochs, 150,000 images, 117 s" in text
 
 
 def test_a_damaged_csv_is_named_and_the_rest_rendered(suite: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The DuckDB database: built from the records, never the only place of anything.
+"""The DuckDB database: built from the records and speed comparisons, never the only place of anything.
 
 It is brought up to date in a copy that then takes its place, so a reader never sees half of it; a lock file
 lets one process do so at a time. What is damaged or of another layout is built anew.
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import config, paths, record, registry, reported
+from mimbench import config, paths, record, registry, reported, speed
 from mimbench.environment import Facts
 from mimbench.errors import ResultsError
 from mimbench.record import MethodUsed, ProtocolUsed, Record
@@ -25,7 +25,7 @@ from mimbench.record import MethodUsed, ProtocolUsed, Record
 if TYPE_CHECKING:
     import duckdb
 
-LAYOUT = 1  # raised with every change of a table or a view
+LAYOUT = 2  # raised with every change of a table or a view
 NAME = "mimbench.duckdb"
 PATIENCE = 30.0  # seconds to wait for another program that holds the lock or the database
 
@@ -51,7 +51,11 @@ TABLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("steps", "images"), "BIGINT"),
         **dict.fromkeys(("pretrain_seconds", "device_seconds"), "DOUBLE"),
         **dict.fromkeys(("resumed", "peak_memory"), "BIGINT"),
-        **dict.fromkeys(("precision", "pretrain_key", "setting"), "VARCHAR"),
+        "precision": "VARCHAR",
+        "compiled": "BOOLEAN",
+        "budget": "VARCHAR",  # of pretraining, or NULL
+        "compared_by": "VARCHAR",  # what ranked rows have in common: 'epochs' or a budget
+        **dict.fromkeys(("pretrain_key", "setting"), "VARCHAR"),
         **dict.fromkeys(("n_train", "n_test"), "BIGINT"),
         "data_note": "VARCHAR",
         **dict.fromkeys(("parameters", "dim", "input_size"), "BIGINT"),
@@ -76,11 +80,29 @@ TABLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(reported.COLUMNS, "VARCHAR"),
         **dict.fromkeys(("value", "pretrain_epochs"), "DOUBLE"),
     },
+    # A row per contender of a comparison; one that did not run has no times but a reason.
+    "speed": {
+        **dict.fromkeys(("file", "comparison", "title", "work", "contender", "version"), "VARCHAR"),
+        "ours": "BOOLEAN",
+        **dict.fromkeys(("median", "low", "high", "ratio"), "DOUBLE"),  # seconds; ratio to ours
+        "bar": "DOUBLE",  # the least that ratio should be, or NULL
+        "reached": "BOOLEAN",
+        **dict.fromkeys(("note", "skipped", "device"), "VARCHAR"),
+        "threads": "BIGINT",
+        **dict.fromkeys(("cpu", "gpu", "limit_is"), "VARCHAR"),
+        **dict.fromkeys(("limit_seconds", "times_limit"), "DOUBLE"),
+        "created": "TIMESTAMP",  # UTC
+    },
+    "growth": {
+        **dict.fromkeys(("file", "comparison", "size"), "VARCHAR"),
+        "seconds": "DOUBLE",
+        "peak_bytes": "BIGINT",
+    },
     "files": {
         "path": "VARCHAR",
         **dict.fromkeys(("inode", "modified", "size"), "BIGINT"),
         "run": "VARCHAR",
-        "fault": "VARCHAR",  # why the file is no record, or NULL
+        "fault": "VARCHAR",  # why the file is no record or comparison, or NULL
     },
     "student": {"df": "BIGINT", "t": "DOUBLE"},  # 97.5 % points of Student's t
     "state": {"layout": "VARCHAR", "sources": "VARCHAR"},
@@ -90,44 +112,63 @@ VIEWS = """
 -- The runs that a mean is taken over: the newest of each seed, and stale ones only where all are stale.
 CREATE VIEW latest AS
 WITH marked AS (
-    SELECT *, bool_or(stale IS NULL) OVER (PARTITION BY setting, fingerprint, recipe, dataset) AS any_fresh
+    SELECT *, bool_or(stale IS NULL) OVER (
+        PARTITION BY setting, fingerprint, recipe, dataset, compared_by
+    ) AS any_fresh
     FROM runs
 )
 SELECT * EXCLUDE (any_fresh) FROM marked
 WHERE stale IS NULL OR NOT any_fresh
 QUALIFY row_number() OVER (
-    PARTITION BY setting, fingerprint, recipe, dataset, seed ORDER BY created DESC, id
+    PARTITION BY setting, fingerprint, recipe, dataset, compared_by, seed ORDER BY created DESC, id
 ) = 1;
 
--- A row per setting; ranks only within one way of scoring, shared where intervals overlap.
+-- A row per setting; ranks only within one way of scoring and one rule of training (by epochs, or a budget),
+-- shared where intervals overlap. A floor was trained by no rule and stands under each.
 CREATE VIEW leaderboard AS
-WITH means AS (
+WITH known AS (
+    SELECT latest.*, coalesce(papers.baseline, false) AS baseline,
+        coalesce(papers.baseline AND images = 0 AND epochs = 0, false) AS untrained
+    FROM latest LEFT JOIN papers ON slug = method
+), rules AS (
+    SELECT DISTINCT protocol, recipe, dataset, fingerprint, metric, compared_by AS rule FROM known WHERE NOT untrained
+), placed AS (
+    SELECT k.* REPLACE (CASE WHEN untrained THEN coalesce(rule, 'epochs') ELSE compared_by END AS compared_by)
+    FROM known AS k LEFT JOIN rules AS r ON untrained AND r.protocol = k.protocol AND r.recipe = k.recipe
+        AND r.dataset = k.dataset AND r.fingerprint = k.fingerprint AND r.metric = k.metric
+), means AS (
     SELECT
         protocol, recipe, dataset, fingerprint, metric, any_value(unit) AS unit, method, preset, setting,
         any_value(backbone) AS backbone, any_value(pretrain_dataset) AS pretrain_dataset,
-        any_value(epochs) AS epochs, any_value(input_size) AS input_size, count(*) AS seeds,
+        compared_by, any_value(budget) AS budget, avg(epochs) AS epochs, avg(images) AS images,
+        avg(pretrain_seconds) AS pretrain_seconds, bool_or(compiled) AS compiled,
+        string_agg(DISTINCT precision, ' or ' ORDER BY precision) AS precision,
+        any_value(input_size) AS input_size, count(*) AS seeds,
         avg(value) AS mean, stddev_samp(value) / sqrt(count(*)) AS error,
         any_value(low) AS run_low, any_value(high) AS run_high, any_value(n) AS n,
-        bool_or(stale IS NOT NULL) AS stale, any_value(lower_is_better) AS lower_is_better
-    FROM latest
-    GROUP BY protocol, recipe, dataset, fingerprint, metric, method, preset, setting
+        bool_or(stale IS NOT NULL) AS stale, any_value(lower_is_better) AS lower_is_better,
+        any_value(baseline) AS baseline
+    FROM placed
+    GROUP BY protocol, recipe, dataset, fingerprint, metric, method, preset, setting, compared_by
 ), ends AS (
-    SELECT means.*, coalesce(papers.baseline, false) AS baseline,
+    SELECT means.*,
         CASE WHEN seeds = 1 THEN run_low ELSE mean - coalesce(t, 1.96) * error END AS low,
         CASE WHEN seeds = 1 THEN run_high ELSE mean + coalesce(t, 1.96) * error END AS high
-    FROM means LEFT JOIN student ON df = seeds - 1 LEFT JOIN papers ON slug = method
+    FROM means LEFT JOIN student ON df = seeds - 1
 )
-SELECT protocol, recipe, dataset, metric,
+SELECT protocol, recipe, dataset, metric, compared_by,
     CASE WHEN NOT baseline THEN 1 + (
         SELECT count(*) FROM ends AS o
         WHERE o.protocol = e.protocol AND o.recipe = e.recipe AND o.dataset = e.dataset
-            AND o.fingerprint = e.fingerprint AND o.metric = e.metric AND NOT o.baseline
+            AND o.fingerprint = e.fingerprint AND o.metric = e.metric AND o.compared_by = e.compared_by
+            AND NOT o.baseline
             AND CASE WHEN e.lower_is_better THEN o.high < e.low ELSE o.low > e.high END
     ) END AS rank,
-    method, preset, mean, low, high, unit, seeds, n, backbone, pretrain_dataset, epochs, input_size, stale,
-    fingerprint, setting
+    method, preset, mean, low, high, unit, seeds, n, backbone, pretrain_dataset, budget, epochs, images,
+    pretrain_seconds, precision, compiled, input_size, stale, fingerprint, setting
 FROM ends AS e
-ORDER BY protocol, recipe, dataset, fingerprint, metric, CASE WHEN lower_is_better THEN mean ELSE -mean END;
+ORDER BY protocol, dataset, recipe, fingerprint, metric, compared_by <> 'epochs', compared_by,
+    CASE WHEN lower_is_better THEN mean ELSE -mean END;
 
 CREATE MACRO plain(name) AS CASE regexp_replace(lower(name), '[^a-z0-9]', '', 'g')
     WHEN 'imagenet' THEN 'imagenet1k' ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
@@ -139,7 +180,7 @@ CREATE MACRO differs(ours, theirs) AS CASE WHEN plain(ours) IS NOT DISTINCT FROM
 -- setting has a column, NULL where there is none; a gap has a meaning only where all are NULL.
 CREATE VIEW comparison AS
 WITH pairs AS (
-    SELECT l.method, l.preset, l.protocol, l.metric, l.mean AS ours, l.low, l.high, l.seeds,
+    SELECT l.method, l.preset, l.protocol, l.metric, l.compared_by, l.mean AS ours, l.low, l.high, l.seeds,
         r.value AS reported, r.unit,
         differs(l.dataset, r.dataset) AS data, differs(l.pretrain_dataset, r.pretrain_data) AS pretrain_data,
         differs(l.backbone, r.backbone) AS backbone,
@@ -177,9 +218,10 @@ class _Rows:
 
 
 def update(folder: Path, patience: float = PATIENCE) -> list[str]:
-    """Brings ``mimbench.duckdb`` in a results folder up to date with its records and the methods' folders.
+    """Brings ``mimbench.duckdb`` in a results folder up to date with its files and the methods' folders.
 
-    Reads only records that are new or changed. Returns a sentence for each file that is no sound record.
+    Reads only records and speed comparisons that are new or changed. Returns a sentence for each file that is
+    no sound one.
     Raises ResultsError when another program holds the database for ``patience`` seconds, or when the folder
     cannot be written; the records are not touched by either.
     """
@@ -355,9 +397,9 @@ def _layout() -> str:
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Inode, time of change and size of every record's file; a rewritten record has another inode."""
+    """Inode, time of change and size of every file read; a rewritten one has another inode."""
     found = {}
-    for file in record.files(folder):
+    for file in (*record.files(folder), *speed.files(folder)):
         try:
             facts = file.stat()
         except FileNotFoundError:
@@ -395,12 +437,16 @@ def _forget(connection: duckdb.DuckDBPyConnection, files: Iterable[str]) -> None
             connection.execute(
                 f"DELETE FROM {table} WHERE {column} IN (SELECT run FROM files WHERE path = ?)", [path]
             )
-        connection.execute("DELETE FROM files WHERE path = ?", [path])
+        for table, column in (("speed", "file"), ("growth", "file"), ("files", "path")):
+            connection.execute(f"DELETE FROM {table} WHERE {column} = ?", [path])
 
 
 def _add_file(rows: _Rows, file: Path, folder: Path) -> tuple[str | None, str | None]:
-    """Adds a record's rows; its id, or else what is wrong with it."""
+    """Adds the rows of a record or a comparison; a record's id, and what is wrong with the file."""
     try:
+        if file.parent == folder / "speed":
+            _add_comparison(rows, speed.read(file), file.relative_to(folder).as_posix())
+            return None, None
         made = record.read_in_place(file, folder)
     except ResultsError as fault:
         return None, str(fault)
@@ -408,8 +454,45 @@ def _add_file(rows: _Rows, file: Path, folder: Path) -> tuple[str | None, str | 
     return made.id, None
 
 
+def _add_comparison(rows: _Rows, made: speed.Comparison, file: str) -> None:
+    bars = {bar.against: bar.ratio for bar in made.bars}
+    shared = {
+        **{"file": file, "comparison": made.name, "title": made.title, "work": made.work},
+        **{"device": made.device, "threads": made.threads, "created": _moment(made.created)},
+        **{name: _fact(made.environment, name) for name in ("cpu", "gpu")},
+        "limit_is": made.limit.what if made.limit else None,
+        "limit_seconds": made.limit.seconds if made.limit else None,
+    }
+    for timing in made.timings:
+        ratio, bar = made.ratio(timing.name), bars.get(timing.name)
+        rows.add(
+            "speed",
+            **shared,
+            contender=timing.name,
+            version=timing.version,
+            ours=timing.name == made.ours,
+            median=timing.median,
+            low=min(timing.seconds),
+            high=max(timing.seconds),
+            ratio=ratio,
+            bar=bar,
+            reached=None if bar is None else ratio >= bar,
+            note=timing.note,
+            times_limit=timing.median / made.limit.seconds if made.limit else None,
+        )
+    for name, reason in made.skipped.items():
+        rows.add("speed", **shared, contender=name, ours=False, bar=bars.get(name), skipped=reason)
+    for scale in made.growth:
+        rows.add("growth", file=file, comparison=made.name, **vars(scale))
+
+
+def _moment(created: str) -> datetime:
+    """An ISO time with its zone as DuckDB takes it: in UTC, without."""
+    return datetime.fromisoformat(created).astimezone(UTC).replace(tzinfo=None)
+
+
 def _add_run(rows: _Rows, made: Record) -> None:
-    from mimbench.report import LOWER_IS_BETTER
+    from mimbench.report import LOWER_IS_BETTER, compared_by
 
     pretrain, data, encoder, protocol, score = (
         *(made.pretrain, made.data, made.encoder, made.protocol, made.score),
@@ -430,7 +513,7 @@ def _add_run(rows: _Rows, made: Record) -> None:
         **vars(score),
         lower_is_better=bool(LOWER_IS_BETTER.search(made.primary)),
         stale=None,
-        created=datetime.fromisoformat(made.created).astimezone(UTC).replace(tzinfo=None),
+        created=_moment(made.created),
         pretrain_dataset=pretrain.dataset,
         epochs=pretrain.epochs,
         steps=pretrain.steps,
@@ -440,6 +523,9 @@ def _add_run(rows: _Rows, made: Record) -> None:
         resumed=pretrain.resumed,
         peak_memory=pretrain.peak_memory,
         precision=pretrain.precision,
+        compiled=pretrain.compiled,
+        budget=made.config.get("recipe", {}).get("budget"),
+        compared_by=compared_by(made),
         pretrain_key=pretrain.key,
         setting=record.setting(made),
         n_train=data.n_train,

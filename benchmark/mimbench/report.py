@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import re
+import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import config, paths, registry, reported
+from mimbench import config, paths, registry, reported, speed
 from mimbench.errors import DataError, MimbenchError, ResultsError
-from mimbench.record import Pretraining, Record, place, scan, setting, stale
+from mimbench.record import Record, place, scan, setting, stale
 
 if TYPE_CHECKING:
     import jinja2
@@ -44,7 +45,8 @@ class Source:
 
     records: list[Record] = field(default_factory=list)
     papers: list[reported.Row] = field(default_factory=list)  # the reported numbers
-    faults: list[str] = field(default_factory=list)  # one sentence for each record that could not be read
+    faults: list[str] = field(default_factory=list)  # one sentence for each file that could not be read
+    comparisons: list[speed.Comparison] = field(default_factory=list)  # of speed
 
 
 @dataclass
@@ -58,9 +60,10 @@ class Row:
     backbone: str
     readout: str  # how the encoder's feature is read
     dataset: str  # pretraining data
-    epochs: float  # of pretraining
-    images: int  # seen in pretraining
-    effort: str  # epochs, images and seconds of pretraining, readable
+    epochs: float  # of pretraining, mean of the seeds
+    effort: str  # budget, epochs and images of pretraining, readable
+    seconds: float  # of pretraining, mean of the seeds
+    how: str  # precision of pretraining and whether it was compiled
     pretrained: bool
     unit: str
     seeds: tuple[int, ...]
@@ -82,7 +85,7 @@ class Row:
 
 @dataclass
 class Table:
-    """All that was run under one fingerprint: only these scores sort together."""
+    """All that was scored in one way and trained by one rule: only these rows sort together."""
 
     anchor: str
     protocol: str
@@ -96,6 +99,7 @@ class Table:
     metric: str
     unit: str
     lower: bool  # lower is better
+    view: str  # by what its rows may be compared, see compared_by()
     rows: list[Row]
     left: float = 0.0  # of the scale that intervals are drawn on
     right: float = 1.0
@@ -106,20 +110,70 @@ class Table:
 
 
 def tables(records: Iterable[Record], papers: Sequence[reported.Row]) -> list[Table]:
-    """One table per protocol, data set and fingerprint; the protocols in alphabetical order."""
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    """One table per protocol, data set, fingerprint and view; the protocols in alphabetical order.
+
+    A floor was not trained, by whatever rule: it stands in each view of its fingerprint.
+    """
+    groups: dict[tuple[str, ...], dict[str | None, list[Record]]] = {}
     for record in records:
         protocol = record.protocol
         key = (protocol.name, record.data.name, protocol.recipe, record.fingerprint, record.primary)
-        groups.setdefault(key, []).append(record)
-    return [_table(groups[key], papers) for key in sorted(groups)]
+        is_floor = _is_baseline(record.method.slug) and not _is_trained(record)
+        groups.setdefault(key, {}).setdefault(None if is_floor else compared_by(record), []).append(record)
+    found = []
+    for _, views in sorted(groups.items()):
+        floors = views.pop(None, [])
+        for view in sorted(filter(None, views), key=view_order) or [EPOCHS]:
+            found.append(_table(view, [*views.get(view, []), *floors], papers))
+    return found
 
 
-def _table(group: list[Record], papers: Sequence[reported.Row]) -> Table:
+EPOCHS = "epochs"
+
+
+def compared_by(record: Record) -> str:
+    """What a row has in common with those it is ranked with: ``epochs`` for a recipe that says how many, a number
+    of images, or a time and the machine, as two minutes are not the same on another."""
+    budget = record.config.get("recipe", {}).get("budget")
+    if not budget or str(budget).endswith("img"):
+        return str(budget or EPOCHS)
+    facts = record.environment
+    on_cpu = facts.get("device") == "cpu" or not facts.get("gpu")
+    machine = (
+        f"{facts.get('cpu') or 'an unnamed processor'}, threads: {facts.get('threads')}"
+        if on_cpu
+        else facts["gpu"]
+    )
+    return f"{budget} on {machine}"
+
+
+def view_order(view: str) -> tuple[bool, str]:
+    """Sorts the view by epochs before those of equal cost."""
+    return view != EPOCHS, view
+
+
+def view_name(view: str) -> str:
+    """A view for reading."""
+    images = re.fullmatch(r"(\d+)img", view)
+    return (
+        "by epochs" if view == EPOCHS else f"budget {count(int(images[1])) + ' images' if images else view}"
+    )
+
+
+def _is_baseline(slug: str) -> bool:
+    card = registry.methods().get(slug)
+    return card is not None and card.family in registry.FAMILIES
+
+
+def _is_trained(record: Record) -> bool:
+    return bool(record.pretrain.images or record.pretrain.epochs)
+
+
+def _table(view: str, group: list[Record], papers: Sequence[reported.Row]) -> Table:
     first = group[0]
     protocol, metric = first.protocol, first.primary
     table = Table(
-        anchor="t-" + config.digest(protocol.name, first.data.name, first.fingerprint, metric),
+        anchor="t-" + config.digest(protocol.name, first.data.name, first.fingerprint, metric, view),
         protocol=protocol.name,
         version=protocol.version,
         recipe=protocol.recipe,
@@ -131,6 +185,7 @@ def _table(group: list[Record], papers: Sequence[reported.Row]) -> Table:
         metric=metric,
         unit=first.score.unit,
         lower=bool(LOWER_IS_BETTER.search(metric)),
+        view=view,
         rows=[],
     )
     rows: dict[str, list[Record]] = {}
@@ -164,9 +219,8 @@ def _row(runs: list[Record]) -> Row:
     mean, low, high = seed_interval([run.score.value for run in runs])
     if len(runs) == 1:
         low, high = first.score.low, first.score.high
-    card = registry.methods().get(first.method.slug)
-    trained = bool(first.pretrain.images or first.pretrain.epochs)
-    role = ("ceiling" if trained else "floor") if card and card.family in registry.FAMILIES else ""
+    trained = _is_trained(first)
+    role = ("ceiling" if trained else "floor") if _is_baseline(first.method.slug) else ""
     return Row(
         method=first.method.slug,
         href=f"methods/{page_name(first.method.slug)}.html",
@@ -175,9 +229,10 @@ def _row(runs: list[Record]) -> Row:
         backbone=first.backbone,
         readout=first.encoder.readout,
         dataset=first.pretrain.dataset,
-        epochs=first.pretrain.epochs,
-        images=first.pretrain.images,
-        effort=effort(first.pretrain, sum(run.pretrain.seconds for run in runs) / len(runs)),
+        epochs=statistics.mean(run.pretrain.epochs for run in runs),
+        effort=effort(runs),
+        seconds=statistics.mean(run.pretrain.seconds for run in runs),
+        how=how(runs),
         pretrained=trained,
         unit=first.score.unit,
         seeds=tuple(run.seed for run in runs),
@@ -300,7 +355,9 @@ def charts(runs: Iterable[Record]) -> list[dict[str, Any]]:
     for run in sorted(runs, key=when, reverse=True):
         curve = [(point["step"], point["loss"]) for point in run.curve if point.keys() >= {"step", "loss"}]
         if len(curve) > 1:
-            title = (f"{run.preset} preset", run.backbone, run.pretrain.dataset, effort(run.pretrain))
+            budget = run.config.get("recipe", {}).get("budget")  # its seeds get differently far
+            trained = view_name(budget) if budget else effort([run])
+            title = (f"{run.preset} preset", run.backbone, run.pretrain.dataset, trained)
             settings.setdefault(title, {}).setdefault(run.seed, curve)
     return [_chart(" · ".join(filter(None, title)), by_seed) for title, by_seed in sorted(settings.items())]
 
@@ -458,6 +515,70 @@ def _heat(title: str, note: str, rows: list[tuple[str, str, dict[str, float | No
     }
 
 
+# Speed ------------------------------------------------------------------------------------------------
+
+
+def speed_views(comparisons: Iterable[speed.Comparison]) -> list[dict[str, Any]]:
+    """Each comparison as its page shows it, fastest contender first and the limit among them."""
+    return [_speed_view(found) for found in sorted(comparisons, key=lambda c: (c.name, c.file))]
+
+
+def _speed_view(found: speed.Comparison) -> dict[str, Any]:
+    facts, ours = found.environment, found.timing(found.ours).median
+    rows: list[dict[str, Any]] = [
+        {
+            "name": timing.name,
+            "version": timing.version,
+            "ours": timing.name == found.ours,
+            "seconds": timing.median,
+            "range": f"{number(min(timing.seconds))} to {number(max(timing.seconds))}",
+            "ratio": found.ratio(timing.name),
+            "note": timing.note,
+        }
+        for timing in found.timings
+    ]
+    if found.limit:
+        rows.append(
+            {
+                **{"name": "", "version": "", "ours": False, "range": ""},
+                **{"seconds": found.limit.seconds, "ratio": found.limit.seconds / ours},
+                "note": found.limit.what,
+            }
+        )
+    rows.sort(key=lambda row: row["seconds"])
+    for row in rows:
+        row["share"] = round(100 * row["ratio"] / rows[-1]["ratio"], 1)
+    bars = []
+    for bar in found.bars:
+        reached = None if bar.against in found.skipped else found.ratio(bar.against)
+        verdict = "not run" if reached is None else "reached" if reached >= bar.ratio else "missed"
+        bars.append({"against": bar.against, "least": bar.ratio, "ratio": reached, "verdict": verdict})
+    on_gpu = not found.device.startswith("cpu")
+    device = f" --device {found.device}" if on_gpu else ""
+    script = found.name.partition("-")[0]  # a comparison is named as its script and the variant
+    names = ("python", "mimbench", "torch", "numpy", *(("driver", "cuda") if on_gpu else ()))
+    return {
+        "anchor": f"s-{page_name(Path(found.file).stem)}",
+        "title": found.title,
+        "work": found.work,
+        "rows": rows,
+        "rounds": len(found.timing(found.ours).seconds),
+        "of_limit": found.of_limit,
+        "limit": found.limit.what if found.limit else "",
+        "bars": bars,
+        "agreement": found.agreement,
+        "skipped": found.skipped,
+        "growth": found.growth,
+        "device": found.device,
+        "threads": found.threads,
+        "machine": facts.get("gpu" if on_gpu else "cpu") or "an unnamed machine",
+        "cores": facts.get("cores"),
+        "versions": ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name)),
+        "date": datetime.fromisoformat(found.created).astimezone(UTC),
+        "command": f"python benchmark/speed/{script}.py --threads {found.threads}{device}",
+    }
+
+
 # Words and numbers ------------------------------------------------------------------------------------
 
 
@@ -481,6 +602,11 @@ def number(value: float | None, unit: str = "", digits: int = 1) -> str:
 def signed(value: float, unit: str = "") -> str:
     """A difference with its sign always shown."""
     return ("+" if value >= 0 else "") + number(value, unit)
+
+
+def ratio(value: float) -> str:
+    """How many times something is another thing."""
+    return f"{value:.1g}" if value < 0.1 else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
 def count(value: float) -> str:
@@ -514,16 +640,23 @@ def day(moment: datetime) -> str:
     return f"{moment.day} {moment:%B %Y}"
 
 
-def effort(pretrain: Pretraining, seconds: float = 0.0) -> str:
-    """What pretraining took: epochs, images seen, wall time."""
-    parts = []
-    if pretrain.epochs:
-        parts.append(f"{pretrain.epochs:g} epochs")
-    if pretrain.images:
-        parts.append(f"{count(pretrain.images)} images seen")
-    if seconds:
-        parts.append(duration(seconds))
-    return ", ".join(parts)
+def effort(runs: Sequence[Record], seconds: bool = False) -> str:
+    """What pretraining took, as a mean of ``runs``: the budget, epochs, images seen and, if asked for, wall time."""
+    taken = [run.pretrain for run in runs]
+    epochs, images, time = (
+        statistics.mean(getattr(each, name) for each in taken) for name in ("epochs", "images", "seconds")
+    )
+    budget = runs[0].config.get("recipe", {}).get("budget")
+    parts = [f"{epochs:.1f} epochs" if budget else f"{epochs:g} epochs"] if epochs else []
+    parts += [f"{count(round(images))} images"] if images else []
+    parts += [duration(time)] if seconds and time else []
+    return (f"{view_name(budget)}: " if budget and parts else "") + ", ".join(parts)
+
+
+def how(runs: Sequence[Record]) -> str:
+    """The precision that runs were trained in and whether compiled; each where they differ."""
+    modes = (f"{r.pretrain.precision}{', compiled' if r.pretrain.compiled else ''}" for r in runs)
+    return " or ".join(dict.fromkeys(modes))
 
 
 def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
@@ -568,9 +701,11 @@ def page_name(text: str) -> str:
 
 
 def load(folder: Path) -> Source:
-    """All records of a results folder and all reported numbers; what cannot be read becomes a fault."""
+    """All records and speed comparisons of a results folder and all reported numbers; what cannot be read becomes
+    a fault."""
     records, damaged = scan(folder)
-    faults: list[MimbenchError] = [*damaged]
+    comparisons, unread = speed.scan(folder)
+    faults: list[MimbenchError] = [*damaged, *unread]
     rows: list[reported.Row] = []
     for slug in registry.methods():
         try:
@@ -582,7 +717,7 @@ def load(folder: Path) -> Source:
     texts = [
         functools.reduce(lambda text, place: text.replace(place, ""), places, str(fault)) for fault in faults
     ]
-    return Source(records, rows, texts)
+    return Source(records, rows, texts, comparisons)
 
 
 def pages(source: Source) -> dict[str, bytes]:
@@ -609,8 +744,15 @@ def pages(source: Source) -> dict[str, bytes]:
         found[path] = text.encode()
 
     sections = [_section(name, [t for t in ranked if t.protocol == name]) for name in names]
-    add("index.html", "index.html", sections=[s for s in sections if s["tables"]], faults=source.faults)
+    views = sorted({table.view for table in ranked}, key=view_order)
+    shown = [section for section in sections if section["tables"]]
+    add("index.html", "index.html", sections=shown, views=views, faults=source.faults)
     add("about.html", "about.html")
+    timed = speed_views(source.comparisons)
+    bars = [
+        bar | {k: found[k] for k in ("title", "anchor", "device")} for found in timed for bar in found["bars"]
+    ]
+    add("speed.html", "speed.html", comparisons=timed, bars=bars)
     for section in sections:
         add(
             section["href"],
@@ -657,6 +799,8 @@ def _environment() -> jinja2.Environment:
         "signed": signed,
         "count": count,
         "duration": duration,
+        "ratio": ratio,
+        "view": view_name,
         "day": day,
     }
     return environment
@@ -713,6 +857,7 @@ def _section(name: str, ranked: list[Table]) -> dict[str, Any]:
     return {
         "name": name,
         "anchor": f"p-{page_name(name)}",
+        "views": sorted({t.view for t in ranked}, key=view_order),
         "href": f"protocols/{page_name(name)}.html",
         "summary": card.summary if card else "",
         "text": prose(text or ""),
@@ -757,7 +902,8 @@ def run_view(run: Record) -> dict[str, Any]:
         "preset": run.preset,
         "backbone": run.backbone,
         "dataset": run.pretrain.dataset if run.pretrain.images else "none",
-        "effort": effort(run.pretrain, run.pretrain.seconds),
+        "effort": effort([run], seconds=True),
+        "how": how([run]),
         "date": when(run),
         "stale": stale(run) or "",
         "warnings": run.warnings,

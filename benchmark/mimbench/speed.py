@@ -23,6 +23,7 @@ from typing import Any
 from mimbench import config, paths
 from mimbench.environment import Facts, environment
 from mimbench.errors import MimbenchError, ResultsError
+from mimbench.record import parse
 
 SCHEMA = 1
 ROUNDS = 6  # of which the first is dropped
@@ -161,6 +162,7 @@ def main(script: Callable[[argparse.Namespace], Iterable[Comparison]], doc: str 
                 created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 environment=environment(options.device),
             )
+            loads(dumps(done))  # a record that could not be read again must fail in quick mode too
             show(done)
             if not options.quick:
                 write(done)
@@ -223,7 +225,7 @@ def write(comparison: Comparison) -> Path:
     partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(dataclasses.asdict(comparison), indent=1) + "\n")
+        partial.write_text(dumps(comparison), encoding="utf-8")
         partial.replace(file)
     except OSError as fault:
         raise ResultsError(f"{file} cannot be written: {fault.strerror}") from None
@@ -233,26 +235,56 @@ def write(comparison: Comparison) -> Path:
 
 
 def read(file: Path) -> Comparison:
-    """A comparison from its file. Raises ResultsError where it is none."""
+    """A comparison from its file. Raises ResultsError that names the file and what is wrong in it."""
     try:
-        table: dict[str, Any] = json.loads(file.read_text())
-        if table["schema"] != SCHEMA:
-            raise ResultsError(f"{file} has schema {table['schema']}, not {SCHEMA}", "Run 'make bench' again")
-        nested: dict[str, Any] = {
-            "timings": [Timing(**entry) for entry in table["timings"]],
-            "bars": [Bar(**entry) for entry in table["bars"]],
-            "growth": [Scale(**entry) for entry in table["growth"]],
-            "limit": Limit(**table["limit"]) if table["limit"] else None,
-        }
-        return Comparison(**table | nested)
-    except (OSError, ValueError, KeyError, TypeError) as fault:
+        return loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ResultsError) as fault:
+        why = fault.problem if isinstance(fault, ResultsError) else f"{type(fault).__name__}: {fault}"
         raise ResultsError(
-            f"{file} is no speed comparison: {fault}", "Delete it and run 'make bench'"
+            f"{file} is no speed comparison: {why}", "Delete it and run 'make bench'"
         ) from None
 
 
-def read_all() -> list[Comparison]:
-    """All comparisons kept, by name."""
-    return sorted(
-        (read(file) for file in folder().glob("*.json")), key=lambda found: (found.name, found.file)
-    )
+def dumps(comparison: Comparison) -> str:
+    """A comparison as JSON."""
+    return json.dumps(dataclasses.asdict(comparison), indent=1) + "\n"
+
+
+def loads(text: str) -> Comparison:
+    """A comparison from JSON. Raises ResultsError, ValueError, KeyError or TypeError for anything else."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(f"it holds {name}")
+
+    table: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    if table["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {table['schema']}, not {SCHEMA}")
+    limit = parse(table["limit"], Limit, "limit") if table["limit"] else None
+    found = dataclasses.replace(parse(table | {"limit": None}, Comparison, "it"), limit=limit)
+    if datetime.fromisoformat(found.created).utcoffset() is None:
+        raise ValueError(f"created is '{found.created}', a time without its zone")
+    names = [timing.name for timing in found.timings]
+    if found.ours not in names or len(set(names)) < len(names):
+        raise ValueError("its timings lack ours, or name one contender twice")
+    if not {bar.against for bar in found.bars} <= {*names, *found.skipped}:
+        raise ValueError("a bar is set against a contender that is not there")
+    times = [*(timing.seconds for timing in found.timings), [limit.seconds if limit else 1.0]]
+    if not all(seconds and min(seconds) > 0 for seconds in times):
+        raise ValueError("a time is missing or not above 0")
+    return found
+
+
+def files(results: Path) -> list[Path]:
+    """The files of all comparisons in a results folder, by name."""
+    return sorted((results / "speed").glob("*.json"))
+
+
+def scan(results: Path) -> tuple[list[Comparison], list[ResultsError]]:
+    """All comparisons of a results folder, by name, and what is wrong with the files that are none."""
+    found, faults = [], []
+    for file in files(results):
+        try:
+            found.append(read(file))
+        except ResultsError as fault:
+            faults.append(fault)
+    return found, faults

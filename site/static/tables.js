@@ -1,4 +1,5 @@
-// Sorts tables marked data-sortable by a click on a column's head. Without JavaScript the pages stay as rendered.
+// Sorts tables marked data-sortable by a click on a column's head, and shows the tables of one view alone.
+// Without JavaScript the pages stay as rendered, with all of their tables.
 "use strict";
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   const body = table.tBodies[0];
@@ -27,4 +28,17 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
       body.append(...initial.slice().sort(order));
     });
   });
+}
+
+for (const choice of document.querySelectorAll(".views")) {
+  choice.hidden = false;
+  const show = () => {
+    const chosen = choice.querySelector(":checked").value;
+    for (const part of document.querySelectorAll("[data-view]"))
+      part.hidden = chosen !== "" && part.dataset.view !== chosen;
+    for (const section of document.querySelectorAll("section:not([data-view])"))
+      if (section.querySelector("[data-view]")) section.hidden = !section.querySelector("[data-view]:not([hidden])");
+  };
+  choice.addEventListener("change", show);
+  show();  // a browser that goes back keeps what was chosen
 }
