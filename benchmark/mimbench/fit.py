@@ -64,12 +64,8 @@ class Recipe:
     clip_norm: float | None = None  # largest global gradient norm
     accumulate: int = 1  # parts that a batch is split into, to save memory
     ema: float | None = None  # decay of an average of the weights, which then replaces them at the end
-    precision: Literal["auto", "fp32", "bf16"] = (
-        "fp32"  # bf16 is autocast; auto: what a timed trial finds faster
-    )
-    compile: bool | Literal["auto"] = (
-        "auto"  # the model's forward; auto: where a timed trial says that it pays
-    )
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"  # bf16 is autocast; auto: the faster in a trial
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: where a trial says that it pays
     checkpoint_minutes: float = 5.0  # how often training state is saved
 
     def __post_init__(self) -> None:
@@ -170,6 +166,7 @@ def fit(
     Raises NonFiniteLoss at the first loss or weight that is not a number, CheckpointError when the folder
     holds another run or a damaged one, ResultsError when it cannot be written.
     """
+    machine.keep_pages()
     return _Training(model, split, recipe, seed, device, progress, folder, name).run()
 
 

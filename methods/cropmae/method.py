@@ -20,7 +20,16 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
-from mimbench.models.vit import ViT, ViTEncoder, ViTShape, attention, gelu, patchify, sincos_positions
+from mimbench.models.vit import (
+    ViT,
+    ViTEncoder,
+    ViTShape,
+    attention,
+    dropout,
+    gelu,
+    patchify,
+    sincos_positions,
+)
 
 RECIPE = Recipe(
     epochs=400,
@@ -73,7 +82,7 @@ class Attention(nn.MultiheadAttention):
             F.linear(tokens, weight, bias).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip((query, memory, memory), weights, biases, strict=True)
         )
-        found = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        found = attention(q, k, v, drop=self.dropout if self.training else 0.0)
         return self.out_proj(found.transpose(1, 2).flatten(2))
 
 
@@ -82,22 +91,25 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        width, dropout = decoder.width, decoder.dropout
-        self.multihead_attn = Attention(width, decoder.heads, dropout)
+        width = decoder.width
+        self.rate = decoder.dropout
+        self.multihead_attn = Attention(width, decoder.heads, self.rate)
         self.linear1 = nn.Linear(width, decoder.hidden)
         self.linear2 = nn.Linear(decoder.hidden, width)
-        self.self_attn = Attention(width, decoder.heads, dropout)
+        self.self_attn = Attention(width, decoder.heads, self.rate)
         self.norm1 = nn.LayerNorm(width, eps=1e-6)  # after self-attention; numbered as in the authors' code
         self.norm2 = nn.LayerNorm(width, eps=1e-6)  # after cross-attention
         self.norm3 = nn.LayerNorm(width, eps=1e-6)  # after the MLP
-        self.dropout = nn.Dropout(dropout)
+
+    def drop(self, tokens: Tensor) -> Tensor:
+        return dropout(tokens, self.rate, self.training)
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
         """Tokens of the masked view (B, 1 + L, D) that look at those of the full view (B, 1 + L, D)."""
-        query = self.norm2(query + self.dropout(self.multihead_attn(query, memory)))
-        hidden = self.dropout(gelu(self.linear1(query)))
-        query = self.norm3(query + self.dropout(self.linear2(hidden)))
-        return self.norm1(query + self.dropout(self.self_attn(query, query)))
+        query = self.norm2(query + self.drop(self.multihead_attn(query, memory)))
+        hidden = self.drop(gelu(self.linear1(query)))
+        query = self.norm3(query + self.drop(self.linear2(hidden)))
+        return self.norm1(query + self.drop(self.self_attn(query, query)))
 
 
 class Model(nn.Module):

@@ -93,17 +93,34 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x * keep / (1 - rate)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v over heads (B, H, L, d), ``dropout`` on the weights (Vaswani et al., 2017).
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v over heads (B, H, L, d); a share ``drop`` of the weights is dropped.
 
-    On a CPU in bfloat16 the weights are written out: at 17 to 257 tokens torch's fused operator takes about
-    twice as long there (``benchmark/speed/pretrain_step.py``). Everywhere else the fused one is used.
+    Vaswani et al. (2017), Sec. 3.2. On a CPU in bfloat16 the weights are written out: at 17 to 257 tokens torch's
+    fused operator takes about twice as long there (``benchmark/speed/pretrain_step.py``), and it has no dropout.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] * k.shape[-2] > LARGEST_EXPLICIT:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    explicit = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or drop > 0)
+    if not explicit or q.shape[-2] * k.shape[-2] > LARGEST_EXPLICIT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     weights = (scores if bias is None else scores + bias).softmax(-1).to(v.dtype)
-    return F.dropout(weights, dropout) @ v if dropout else weights @ v
+    return dropout(weights, drop) @ v
+
+
+def dropout(x: Tensor, rate: float, training: bool = True) -> Tensor:
+    """Zeroes a share ``rate`` of the entries and scales up the others (Srivastava et al., 2014).
+
+    On a CPU torch spends several times as long on drawing such a mask as here, where each entry takes 16 bits of
+    a 64-bit draw; the share is then a multiple of 2^-16.
+    """
+    if not training or rate == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, rate)
+    cut = round(rate * 2**16)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= cut - 2**15
+    return x * (keep.to(x.dtype) * (2**16 / (2**16 - cut)))
 
 
 def gelu(x: Tensor) -> Tensor:
