@@ -19,6 +19,7 @@ duality gap of a ``Solution`` are always float64's.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -29,14 +30,11 @@ from mimbench.errors import DataError
 
 Function = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # points, which heads -> values, gradients
 
-CHUNK = {
-    "cpu": 200_000,
-    "cuda": 30_000_000,
-}  # numbers in a block of features or of logits; a CPU's fits its cache
+CHUNK = {"cpu": 200_000, "cuda": 10_000_000}  # numbers in a block of features; a CPU's stays in its cache
 MEMORY = 20  # pairs of steps and gradient changes that L-BFGS keeps
 TRIES = 40  # steps of a line search
 WIDTH = 512  # columns of logits in one pass: penalties times classes
-SAMPLE = 8_192  # items that guess the curvature, which steers the steps but not where they end
+SAMPLE = 4_096  # items that guess the curvature, which steers the steps but not where they end
 FLOOR = 3e-6  # gradient norm down to which passes in float32 are worth their speed
 PATIENCE = 8  # passes in float32 that may go by without a new lowest gradient norm
 
@@ -78,7 +76,8 @@ class Problem:
 
     Features are only ever read in slices of rows and never copied as a whole, so they may be a memory-mapped
     file larger than memory (``torch.from_file``). Memory beside them: a few D x D matrices, some blocks of
-    CHUNK numbers, and for each of the penalties solved together 2 * MEMORY + 10 copies of the weights.
+    CHUNK numbers and their logits, and for each of the penalties solved together 2 * MEMORY + 10 copies of the
+    weights; as many are as have WIDTH logits for an item, or one.
     Raises DataError for empty, non-finite or mismatched input.
     """
 
@@ -110,13 +109,12 @@ class Problem:
             raise DataError("the training features are not finite")
         counts = torch.bincount(self.labels, minlength=len(self.present))
         self.frequency = counts.double() / n  # (K,) of each class
-        self.sums -= self.frequency.outer(
-            total / n
-        )  # (K, D): features about the mean, added up by class, over n
         self.mean = first + total / n
+        # (K, D): features about the mean, added up by class, over n
+        self.sums -= self.frequency.outer(total / n)
         self.scale = (square / n - (total / n).square()).clamp_(min=0).sqrt()
         self.scale[self.scale == 0] = 1.0
-        self.sample = features[:: max(1, n // max(2 * SAMPLE, 8 * d))]
+        self.sample = features[:: max(1, n // max(4 * SAMPLE, 8 * d))]
         gram = first.new_zeros(d, d)
         for part in self._blocks(self.mean, self.sample):
             part /= self.scale
@@ -150,7 +148,7 @@ class Problem:
         return self._solve([C], point, tolerance, max_iterations)[0][0]
 
     def path(self, penalties: Iterable[float], *, tolerance: float = 1e-6) -> Iterator[Solution]:
-        """Solutions for a series of C, in its order.
+        """Solutions for a series of C, in its order; all are found before the first is given.
 
         A few are solved first and those between them next, each started where a cubic through its neighbours
         over log C leads; those of one level together, so that they share passes over the data.
@@ -327,11 +325,12 @@ class Search:
         self.point = point.flatten(1).clone()
         self.inverse = inverse.expand_as(point).flatten(1)
         self.max_iterations = max_iterations
-        heads, size = self.inverse.shape
-        # Of each head, oldest first; zeros where there is none yet.
-        self.changes = point.new_zeros(heads, MEMORY, size)
-        self.differences = torch.zeros_like(self.changes)
-        self.curvatures = point.new_zeros(heads, MEMORY)  # inner products of the two
+        heads = len(point)
+        # Steps (H, P), changes of the gradient (H, P) and inverse products of the two (H,), oldest first. Heads that
+        # made no step when others did have zeros there, and so remember less.
+        self.memory: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
+        self.scale = point.new_ones(heads)  # of ``inverse``, by the latest step
+        self.remembers = torch.zeros(heads, dtype=torch.bool, device=point.device)
         self.steps = torch.zeros(heads, dtype=torch.long, device=point.device)
         self.calls = torch.zeros_like(self.steps)
         self.value = point.new_zeros(heads)
@@ -389,8 +388,10 @@ class Search:
             since = torch.where(self.norm < lowest, 0, since + 1)
             lowest = torch.minimum(lowest, self.norm)
             lost = heads[~good & (tries[heads] >= TRIES)]
-            stuck[lost] = self.curvatures[lost, -1] == 0  # not even the scaled gradient helps
-            self.curvatures[lost] = 0.0  # forgets, and tries that next
+            stuck[lost] = ~self.remembers[lost]  # not even the scaled gradient helps
+            for _, _, rate in self.memory:
+                rate[lost] = 0.0  # forgets, and tries that next
+            self.scale[lost], self.remembers[lost] = 1.0, False
             turned[lost] = False
 
     def _move(self, heads: Tensor, point: Tensor, value: Tensor, gradient: Tensor) -> None:
@@ -398,50 +399,42 @@ class Search:
         self.point[heads], self.value[heads], self.gradient[heads] = point, value, gradient
         self.norm[heads] = gradient.norm(dim=1)
         self.steps[heads] += 1
-        curvature = _dot(change, difference)
-        bent = curvature > 0
-        kept = heads[bent]
-        for memory, newest in (
-            (self.changes, change),
-            (self.differences, difference),
-            (self.curvatures, curvature),
-        ):
-            memory[kept] = torch.cat([memory[kept][:, 1:], newest[bent][:, None]], 1)
+        product = _dot(change, difference)
+        bent = product > 0
+        if not bent.any():
+            return
+        heads, change, difference, product = heads[bent], change[bent], difference[bent], product[bent]
+        scaled = _dot(difference, self.inverse[heads] * difference)
+        self.scale[heads], self.remembers[heads] = product / scaled, True
+        latest = torch.zeros_like(self.gradient), torch.zeros_like(self.gradient), torch.zeros_like(self.norm)
+        for place, values in zip(latest, (change, difference, 1 / product), strict=True):
+            place[heads] = values
+        self.memory.append(latest)
 
     def _direction(self, heads: Tensor) -> Tensor:
         """The quasi-Newton directions of Nocedal and Wright, algorithm 7.4."""
-        changes, differences, curvatures = (
-            memory[heads] for memory in (self.changes, self.differences, self.curvatures)
-        )
-        inverse = self.inverse[heads]
-        filled = int((curvatures > 0).sum(1).max())
-        rates = torch.where(curvatures > 0, 1 / curvatures, 0.0)[..., None]
+        memory = [(change[heads], difference[heads], rate[heads]) for change, difference, rate in self.memory]
         direction = -self.gradient[heads]
         shares = []
-        recent = range(MEMORY - filled, MEMORY)
-        for i in reversed(recent):
-            share = rates[:, i] * _dot(changes[:, i], direction)[:, None]
-            direction = direction - share * differences[:, i]
+        for change, difference, rate in reversed(memory):
+            share = rate * _dot(change, direction)
+            direction = torch.addcmul(direction, share[:, None], difference, value=-1)
             shares.append(share)
-        newest = differences[:, -1]
-        bend = _dot(newest, inverse * newest)
-        known = curvatures[:, -1] > 0
-        direction = direction * inverse * torch.where(known, curvatures[:, -1] / bend, 1.0)[:, None]
-        for i, share in zip(recent, reversed(shares), strict=True):
-            direction = (
-                direction
-                + (share - rates[:, i] * _dot(differences[:, i], direction)[:, None]) * changes[:, i]
-            )
+        direction = direction * self.inverse[heads] * self.scale[heads, None]
+        for (change, difference, rate), share in zip(memory, reversed(shares), strict=True):
+            share = share - rate * _dot(difference, direction)
+            direction = torch.addcmul(direction, share[:, None], change)
         return direction
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1)
+    return torch.linalg.vecdot(a, b)
 
 
 def _rows(features: Tensor, classes: int) -> int:
-    """Rows of a block."""
-    return max(1, CHUNK.get(features.device.type, CHUNK["cuda"]) // max(features.shape[1], classes))
+    """Rows of a block, if possible a round number, for which products are fastest."""
+    rows = CHUNK.get(features.device.type, CHUNK["cuda"]) // max(features.shape[1], classes)
+    return max(1, rows // 64 * 64 or rows)
 
 
 def _levels(count: int) -> Iterator[range]:
