@@ -215,6 +215,17 @@ def stopped_midway(how: signal.Signals) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def test_a_budget_replaces_the_epochs_and_its_command_repeats_it(mimbench: Command) -> None:
+    line = f"run --method mae --protocol knn {TINY} --budget 640img --json -q"
+    (found,) = json.loads(mimbench(line).out)
+    assert (found["pretrain"]["images"], found["pretrain"]["steps"]) == (
+        640,
+        640 // found["config"]["recipe"]["batch_size"],
+    )
+    again = mimbench(found["command"].removeprefix("mimbench ") + " --json -q")
+    assert json.loads(again.out)[0]["id"] == found["id"]
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_pretraining_goes_on_and_ends_as_an_uninterrupted_one(
     how: signal.Signals,
@@ -325,6 +336,8 @@ def test_ctrl_c_outside_of_training(mimbench: Command, monkeypatch: pytest.Monke
         ("run --method , --protocol knn", "empty list of names"),
         ("run --method mae", "--protocol"),
         ("run --method mae --protocol knn --seeds 0", "--seeds"),
+        ("run --method mae --protocol knn --budget 90", "budget '90' is neither"),
+        ("run --method mae --protocol knn --budget 2w", "budget '2w' is neither"),
         ("run --method mae --protocol knn --sed 0", "--seed"),
         ("frobnicate", "No such command 'frobnicate'"),
         (f"evaluate --method mae --protocol knn {TINY}", "Run 'mimbench pretrain'"),

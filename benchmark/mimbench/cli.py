@@ -130,7 +130,10 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _overrides(settings: list[str], budget: str | None) -> tuple[str, ...]:
     """What ``--set`` and its short forms change."""
-    return (*settings, *([f"recipe.budget={budget}"] if budget is not None else ()))
+    if budget is None:
+        return tuple(settings)
+    bare = budget[-1:].isalpha()  # else TOML would take it for a number, and the message would not be about units
+    return (*settings, f"recipe.budget={budget}" if bare else f'recipe.budget="{budget}"')
 
 
 def _print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> None:
