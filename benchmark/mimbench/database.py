@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -378,7 +377,8 @@ def _apply(file: Path, folder: Path) -> list[str]:
         known = {row[0]: row[1:] for row in connection.execute(_KNOWN).fetchall()}
         present = _listing(folder)
         gone = [path for path in known if present.get(path) != known[path]]
-        _forget(connection, gone)
+        if gone:
+            _forget(connection, gone)
         rows = _Rows()
         for path, (inode, modified, size) in present.items():
             if known.get(path) != (inode, modified, size):
@@ -431,14 +431,12 @@ def _create(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("INSERT INTO state VALUES (?, '')", [_layout()])
 
 
-def _forget(connection: duckdb.DuckDBPyConnection, files: Iterable[str]) -> None:
-    for path in files:
-        for table, column in (("runs", "id"), ("metrics", "run"), ("curves", "run")):
-            connection.execute(
-                f"DELETE FROM {table} WHERE {column} IN (SELECT run FROM files WHERE path = ?)", [path]
-            )
-        for table, column in (("speed", "file"), ("growth", "file"), ("files", "path")):
-            connection.execute(f"DELETE FROM {table} WHERE {column} = ?", [path])
+def _forget(connection: duckdb.DuckDBPyConnection, files: list[str]) -> None:
+    run = "SELECT run FROM files WHERE path IN (SELECT unnest(?))"
+    for table, column in (("runs", "id"), ("metrics", "run"), ("curves", "run")):
+        connection.execute(f"DELETE FROM {table} WHERE {column} IN ({run})", [files])
+    for table, column in (("speed", "file"), ("growth", "file"), ("files", "path")):
+        connection.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT unnest(?))", [files])
 
 
 def _add_file(rows: _Rows, file: Path, folder: Path) -> tuple[str | None, str | None]:
