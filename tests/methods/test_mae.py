@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mimbench import config, registry
+from mimbench import config, data, registry
 from mimbench.errors import ConfigError
+from mimbench.fit import fit
 from mimbench.models.vit import patchify, unpatchify
 from mimbench.optim import parameter_groups
+from mimbench.progress import quiet
 
 MODULE = registry.load_method("mae")
 
@@ -99,3 +101,21 @@ def decayed_names(model: Any) -> set[str]:
     names = {id(p): n for n, p in model.named_parameters()}
     groups = parameter_groups(model, model.config.recipe)
     return {names[id(p)] for g in groups if g["weight_decay"] > 0 for p in g["params"]}
+
+
+def test_bfloat16_stays_within_the_noise_of_seeds() -> None:
+    """The loss curve moves far less with the precision than with the seed, all along."""
+    images = data.load("digits").train.subset(torch.arange(512))
+
+    def curve(precision: str, seed: int) -> torch.Tensor:
+        model = build(recipe={"epochs": 6, "warmup_epochs": 0.6, "precision": precision})
+        options = {"seed": seed, "device": torch.device("cpu"), "progress": quiet()}
+        history = fit(model, images, model.config.recipe, **options)
+        return torch.tensor([point["loss"] for point in history.curve])
+
+    fp32, bf16, other = curve("fp32", 0), curve("bf16", 0), curve("fp32", 1)
+    assert len(fp32) == 24
+    by_precision, by_seed = (bf16 - fp32).abs(), (other - fp32).abs()
+    assert by_precision.max() > 0, "bfloat16 was used"
+    assert by_precision.max() < 0.1 * by_seed.max()
+    assert by_precision.mean() < 0.1 * by_seed.mean()
