@@ -569,6 +569,7 @@ def _speed_view(found: speed.Comparison) -> dict[str, Any]:
         "agreement": found.agreement,
         "skipped": found.skipped,
         "growth": found.growth,
+        "weighed": any(scale.peak_bytes is not None for scale in found.growth),
         "device": found.device,
         "threads": found.threads,
         "machine": facts.get("gpu" if on_gpu else "cpu") or "an unnamed machine",

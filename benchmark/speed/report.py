@@ -206,8 +206,8 @@ def compare(
         kilobytes = sum(file.stat().st_size for file in files) / size / 1e3
         for times in (1, 2, 4):
             fill(folder, times * size, start=times // 2 * size)
-            seconds, memory = machine.memory_growth(lambda: machine.seconds(lambda: ours(folder), CPU), CPU)
-            growth.append(Scale(f"{times}x: {times * size:,} records", seconds, memory))
+            seconds = machine.seconds(lambda: ours(folder), CPU)
+            growth.append(Scale(f"{times}x: {times * size:,} records", seconds))
     limit = Limit("parsing the same files with Python's json module", statistics.median(found.pop("json")))
     packages = {"mimbench": "mimbench", "pandas": "pandas", "DuckDB": "duckdb"}
     return Comparison(
