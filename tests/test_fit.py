@@ -440,6 +440,16 @@ def test_a_budget_of_time_is_the_steps_that_fit(tmp_path: Path, monkeypatch: pyt
     assert_same(resumed, whole)
 
 
+def test_what_is_not_trained_needs_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = trials({}, monkeypatch)
+    untrained = dataclasses.replace(RECIPE, epochs=0, precision="auto", compile="auto")
+    for budget in (None, "2m", "100img"):
+        model = Toy()
+        history = train(model, dataclasses.replace(untrained, budget=budget))
+        assert (history.steps, history.images, history.precision, asked) == (0, 0, "fp32", [])
+        assert_same(model, Toy())
+
+
 def test_a_real_budget_of_time_is_kept_to() -> None:
     history = train(Toy(pause=0.05), dataclasses.replace(RECIPE, budget="1s"))
     assert 1 <= history.steps == history.planned <= 20  # a step takes 50 ms and a little

@@ -132,7 +132,9 @@ def _overrides(settings: list[str], budget: str | None) -> tuple[str, ...]:
     """What ``--set`` and its short forms change."""
     if budget is None:
         return tuple(settings)
-    bare = budget[-1:].isalpha()  # else TOML would take it for a number, and the message would not be about units
+    bare = budget[
+        -1:
+    ].isalpha()  # else TOML would take it for a number, and the message would not be about units
     return (*settings, f"recipe.budget={budget}" if bare else f'recipe.budget="{budget}"')
 
 

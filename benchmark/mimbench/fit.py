@@ -248,10 +248,13 @@ class _Training:
         """Settles what the recipe leaves open by steps of a copy, which are timed and thrown away."""
         recipe, history = self.recipe, self.history
         size, per_epoch = recipe.batch_size, self.steps_per_epoch
-        amount, unit = parse_budget(recipe.budget) if recipe.budget else (recipe.epochs * per_epoch, "steps")
-        steps = max(1, round(amount / size if unit == "images" else amount)) if amount else 0
         on_gpu = self.device.type == "cuda"
         history.precision, history.compiled = recipe.precision, recipe.compile is True
+        if not recipe.epochs:  # what is not trained needs no budget either
+            history.precision = "fp32" if recipe.precision == "auto" else recipe.precision
+            return
+        amount, unit = parse_budget(recipe.budget) if recipe.budget else (recipe.epochs * per_epoch, "steps")
+        steps = max(1, round(amount / size if unit == "images" else amount))
         taken: float | None = None  # seconds of a step
         if recipe.precision == "auto" and on_gpu:
             history.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
@@ -293,9 +296,9 @@ class _Training:
         recipe, history = self.recipe, self.history
         self.total = history.planned
         changes: dict[str, Any] = {"precision": history.precision}
-        if recipe.budget:
+        if recipe.budget and recipe.epochs:
             epochs = self.total / self.steps_per_epoch
-            stretch = epochs / recipe.epochs if recipe.epochs else 1.0
+            stretch = epochs / recipe.epochs
             changes |= {
                 "epochs": epochs,
                 "warmup_epochs": recipe.warmup_epochs * stretch,

@@ -24,7 +24,9 @@ from mimbench.kernels import nearest as kernel
 Metric = Literal["cosine", "euclidean"]
 Weighting = Literal["exponential", "uniform", "inverse"]
 
-COMPILED = 5 * 10**8  # multiply-adds from which on a compiled kernel is worth having, and if need be compiling
+COMPILED = (
+    5 * 10**8
+)  # multiply-adds from which on a compiled kernel is worth having, and if need be compiling
 QUERIES = {"cpu": 256, "cuda": 2_048}  # rows of a tile of similarities in torch
 BANK = 65_536  # columns of a tile: with 256 rows 64 MB, the only array whose size is their product
 SPARE = 16  # candidates beyond k that make the proof succeed for nearly every query

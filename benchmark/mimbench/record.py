@@ -431,8 +431,11 @@ def parse(value: Any, kind: Any, where: str) -> Any:
     raise ResultsError(f"{where} should be {names}, not {value!r:.60}")
 
 
+_hints = functools.cache(typing.get_type_hints)  # evaluates annotations, which takes longer than the rest
+
+
 def _parse_dataclass(value: Any, kind: Any, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     if not isinstance(value, dict):
         raise ResultsError(f"{where} should be a table, not {value!r:.60}")
     if unknown := value.keys() - hints.keys():
