@@ -120,7 +120,7 @@ def compare(side: int, patch: int, count: int, options: argparse.Namespace) -> C
 
 
 def run(options: argparse.Namespace) -> Iterable[Comparison]:
-    for side, patch, count in ((32, 4, 250), (224, 16, 32)):
+    for side, patch, count in ((32, 4, 125), (224, 16, 24)):
         yield compare(side, patch, count // (8 if options.quick else 1), options)
 
 
