@@ -118,3 +118,16 @@ def test_without_a_clone_or_without_git_there_is_nothing_to_tell(
     assert git() == {}
     monkeypatch.setattr(paths, "clone", lambda: None)
     assert git() == {}
+
+
+def test_kept_pages_do_not_hide_what_a_call_takes() -> None:
+    """A training that ran before in the same process must not make everything after it look free."""
+    code = (
+        "import torch; from mimbench import machine; cpu = torch.device('cpu'); machine.keep_pages();"
+        "del_me = [torch.ones(2**24) for _ in range(3)]; del del_me;"
+        "print(machine.memory_growth(lambda: torch.ones(2**24), cpu)[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if done.stdout.strip() == "None":
+        pytest.skip("this system does not say what memory a process has")
+    assert int(done.stdout) >= 0.9 * 4 * 2**24

@@ -37,12 +37,14 @@ def keep_pages() -> None:
     By default glibc returns every large block when it is freed; a training step on a CPU then spends up to half
     the time of its elementwise operations on having fresh pages cleared. Other C libraries are left alone.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(MMAP_THRESHOLD, 2**30)
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    _libc("mallopt", MMAP_THRESHOLD, 2**30)
+    _libc("mallopt", TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _libc(function: str, *arguments: int) -> None:
+    """Calls a function of the C library that Linux with glibc has; does nothing elsewhere."""
+    if sys.platform == "linux" and (call := getattr(ctypes.CDLL(None), function, None)) is not None:
+        call(*arguments)
 
 
 def synchronise(device: torch.device) -> None:
@@ -90,7 +92,7 @@ def memory_growth(call: Callable[[], T], device: torch.device) -> tuple[T, int |
     """The result of a call, and the bytes by which memory rose above its level before, at most, during it.
 
     On a GPU what torch allocated. On a CPU the resident memory of the process, which understates the need
-    where memory freed earlier is used again; None where the system does not say (only Linux does).
+    where the C library uses memory freed earlier again; None where the system does not say (only Linux does).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -100,6 +102,7 @@ def memory_growth(call: Callable[[], T], device: torch.device) -> tuple[T, int |
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    _libc("malloc_trim", 0)  # returns what keep_pages holds, which would otherwise hide what the call takes
     try:
         reset.write_text("5")  # sets the peak to the present level
         resident = _kilobytes(status, "VmRSS")
