@@ -26,9 +26,8 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
+from mimbench.models.beit import RelativeViT, RelativeViTEncoder
 from mimbench.models.vit import ViTShape
-
-from .model import RelativeViT, RelativeViTEncoder
 
 RECIPE = Recipe(
     epochs=800,

@@ -1,7 +1,5 @@
-"""The ViT that SimMIM trains: relative position biases instead of positions, layer scale, no key bias.
-
-It is the BEiT variant of the ViT (Bao et al., 2022) with one bias table shared by all blocks.
-"""
+"""The BEiT variant of the ViT (Bao et al., 2022): biases on queries and values only, layer scale, and relative
+position biases, here one table shared by all blocks."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ class RelativePositionBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with biases on queries and values only, and an additive bias per pair of tokens."""
+    """Self-attention with biases on queries and values only, and, if given, a bias per pair of tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -71,20 +69,20 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         b, length, d = x.shape
         qkv = F.linear(
             x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         )
         q, k, v = qkv.reshape(b, length, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = attention(q, k, v, bias.to(q.dtype)[None])
+        x = attention(q, k, v, None if bias is None else bias.to(q.dtype)[None])
         return self.proj(x.transpose(1, 2).reshape(b, length, d))
 
 
 class Block(nn.Module):
     """A pre-norm block whose branches are scaled per channel (Touvron et al., 2021)."""
 
-    def __init__(self, shape: ViTShape, layer_scale: float, drop_path: float) -> None:
+    def __init__(self, shape: ViTShape, layer_scale: float, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(shape.width, eps=1e-6)
         self.attn = Attention(shape.width, shape.heads)
@@ -94,7 +92,8 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((shape.width,), layer_scale))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, L, D), with biases (heads, L, L) on their attention if given."""
         x = x + drop_path(self.gamma_1 * self.attn(self.norm1(x), bias), self.drop_path, self.training)
         return x + drop_path(self.gamma_2 * self.mlp(self.norm2(x)), self.drop_path, self.training)
 
