@@ -182,3 +182,14 @@ def test_the_hash_of_a_folder_covers_its_python_files_wherever_the_folder_is(tmp
     assert registry.code_hash(other) != before
     (other / "sub" / "c.py").unlink()
     assert registry.code_hash(other) != before
+
+
+def test_the_code_of_a_method_is_what_its_weights_depend_on() -> None:
+    top = paths.PACKAGE
+    found = registry.method_code("masked_frequency_modeling")
+    assert registry.method("masked_frequency_modeling").folder / "method.py" in found
+    assert {top / "models" / "vit.py", top / "models" / "resnet.py", top / "augment" / "geometry.py"} <= found
+    # neither the authors' names nor the networks of others
+    assert {file.name for file in found}.isdisjoint({"official.py", "beit.py", "mae.py"})
+    folder = registry.method("latent_mim").folder
+    assert {folder / "method.py", folder / "model.py"} <= registry.method_code("latent_mim")

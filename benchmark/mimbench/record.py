@@ -186,8 +186,8 @@ def fingerprint(protocol: ProtocolUsed, data: DataUsed, encoder: EncoderUsed) ->
 
 @functools.cache
 def method_code(slug: str) -> str:
-    """The hash of a method's code as it is now."""
-    return registry.code_hash(registry.method(slug).folder)
+    """The hash of a method's code as it is now, with the shared networks and augmentations that it uses."""
+    return registry.code_hash(*registry.method_code(slug))
 
 
 @functools.cache

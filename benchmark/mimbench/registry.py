@@ -150,21 +150,55 @@ def load_protocol(name: str) -> ModuleType:
     return importlib.import_module(f"mimbench.protocols.{name}")
 
 
+def method_code(slug: str) -> set[Path]:
+    """``method.py`` and all that it imports from its own folder and from the harness's networks and augmentations.
+
+    ``official.py`` is not among them, nor is what every method shares, such as the training loop.
+    """
+    shared = [paths.PACKAGE / name for name in ("models", "augment", "teacher.py")]
+    found: set[Path] = set()
+    ahead = [method(slug).folder / "method.py"]
+    while ahead:
+        source = ahead.pop()
+        if source in found:
+            continue
+        found.add(source)
+        ours: list[str] = []
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                if node.level:
+                    ahead += _files(source.parent, [node.module] if node.module else names)
+                elif node.module:
+                    ours += [node.module, *(f"{node.module}.{name}" for name in names)]
+        inside = [name.removeprefix("mimbench.") for name in ours if name.startswith("mimbench.")]
+        files = _files(paths.PACKAGE, inside)
+        ahead += [file for file in files if any(file.is_relative_to(place) for place in shared)]
+    return found
+
+
+def _files(folder: Path, names: list[str]) -> list[Path]:
+    """Where modules of these dotted names are, as seen from a folder; names of other things are left out."""
+    stems = [folder.joinpath(*name.split(".")) for name in names]
+    tries = [place for stem in stems for place in (stem.with_suffix(".py"), stem / "__init__.py")]
+    return [place for place in tries if place.is_file()]
+
+
 def code_hash(*places: Path) -> str:
     """A short hash of Python sources, blind to comments, docstrings and layout.
 
     A result made with another hash than today's is shown as stale.
     """
-    files = sorted(f for place in places for f in (place.rglob("*.py") if place.is_dir() else [place]))
-    total = hashlib.sha256()
+    files = [f for place in places for f in (place.rglob("*.py") if place.is_dir() else [place])]
+    texts = []
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list):
                 node.body = [s for s in body if not _is_text(s)] or [ast.Pass()]  # type: ignore[attr-defined]
-        total.update(file.name.encode() + ast.dump(tree).encode())
-    return total.hexdigest()[:12]
+        texts.append(file.name + ast.dump(tree))
+    return hashlib.sha256("".join(sorted(texts)).encode()).hexdigest()[:12]
 
 
 def _is_text(node: ast.stmt) -> bool:

@@ -197,13 +197,9 @@ def pretraining_key(slug: str, settings: Any, split: Split, seed: int) -> str:
     """Names a pretraining by all that its weights depend on: code, config, data and seed."""
     table = config.to_dict(settings)
     table["recipe"].pop("checkpoint_minutes")
-    return config.digest(method_hash(slug), table, split.fingerprint, seed)
-
-
-def method_hash(slug: str) -> str:
-    """The hash of a method's folder and of the shared code that its weights depend on."""
-    shared = [paths.PACKAGE / name for name in ("models", "augment", "encoder.py", "fit.py", "optim.py")]
-    return registry.code_hash(registry.method(slug).folder, *(p for p in shared if p.exists()))
+    loop = (paths.PACKAGE / name for name in ("encoder.py", "fit.py", "optim.py"))
+    code = registry.code_hash(*loop, *registry.method_code(slug))
+    return config.digest(code, table, split.fingerprint, seed)
 
 
 @contextlib.contextmanager
