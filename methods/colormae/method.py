@@ -20,7 +20,15 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
-from mimbench.models.vit import Block, ViT, ViTEncoder, ViTShape, patchify, sincos_positions
+from mimbench.models.mae import (
+    Decoder,
+    DecoderShape,
+    initialise,
+    random_masking,
+    standardise,
+    visible_patches,
+)
+from mimbench.models.vit import ViT, ViTEncoder, ViTShape, patchify
 
 Colour = Literal["green", "red", "blue", "purple", "white"]
 
@@ -34,16 +42,6 @@ RECIPE = Recipe(
     warmup_lr=1.5e-8,
     precision="bf16",
 )
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The size of the transformer that turns encoded patches back into pixels."""
-
-    width: int = 512  # channels of a token (authors' logs/pretrain)
-    depth: int = 8  # blocks (authors' logs/pretrain)
-    heads: int = 16  # attention heads per block (authors' logs/pretrain)
-    mlp_ratio: float = 4.0  # hidden width of the MLP over width (authors' logs/pretrain)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Config:
 
     image_size: int = 224  # side of the training crop, in pixels
     backbone: ViTShape = ViTShape()  # the encoder
-    decoder: DecoderShape = DecoderShape()  # discarded after pretraining
+    decoder: DecoderShape = DecoderShape()  # discarded after pretraining (authors' logs/pretrain)
     mask_ratio: float = 0.75  # share of patches that the encoder does not see (authors' configs)
     colour: Colour = "green"  # of the noise (authors' configs); white is MAE
     sigmas: Sigmas = Sigmas()  # widths of the filters
@@ -136,44 +134,6 @@ def cut_windows(noise: Tensor, count: int, side: int, generator: torch.Generator
     return noise[number, rows[:, :, None], columns[:, None, :]]
 
 
-def keep_strongest(tokens: Tensor, noise: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keeps the ``keep`` tokens of (B, L, D) with the strongest ``noise`` (B, L), strongest first.
-
-    Returns the kept tokens (B, keep, D), the mask (B, L) with 1 where a token was dropped, and the
-    permutation (B, L) that brings [kept, dropped] back to raster order.
-    """
-    order = noise.argsort(dim=1, descending=True)
-    restore = order.argsort(dim=1)
-    kept = tokens.gather(1, order[:, :keep, None].expand(-1, -1, tokens.shape[2]))
-    return kept, (restore >= keep).to(tokens.dtype), restore
-
-
-class Decoder(nn.Module):
-    """MAE's decoder: mask tokens in the empty places, transformer blocks, the pixels of every patch."""
-
-    positions: Tensor
-
-    def __init__(self, shape: DecoderShape, encoder: ViT) -> None:
-        super().__init__()
-        self.embed = nn.Linear(encoder.shape.width, shape.width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, shape.width))
-        table = sincos_positions(shape.width, *encoder.grid)
-        self.register_buffer("positions", torch.cat([torch.zeros(1, shape.width), table])[None])
-        blocks = [Block(shape.width, shape.heads, shape.mlp_ratio) for _ in range(shape.depth)]
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(shape.width, eps=1e-6)
-        self.pred = nn.Linear(shape.width, encoder.shape.patch_size**2 * 3)
-
-    def forward(self, latent: Tensor, restore: Tensor) -> Tensor:
-        """Pixels (B, L, p*p*C) from [class, visible patches] (B, 1 + keep, D) and the permutation (B, L)."""
-        cls, visible = self.embed(latent).split([1, latent.shape[1] - 1], dim=1)
-        empty = self.mask_token.expand(len(latent), restore.shape[1] - visible.shape[1], -1)
-        patches = torch.cat([visible, empty], dim=1)
-        patches = patches.gather(1, restore[..., None].expand_as(patches))
-        x = self.blocks(torch.cat([cls, patches], dim=1) + self.positions)
-        return self.pred(self.norm(x))[:, 1:]
-
-
 class Model(nn.Module):
     """MAE with the noise that ranks its patches cut from filtered noise images, which are made once."""
 
@@ -186,16 +146,11 @@ class Model(nn.Module):
         self.config = config
         self.input = InputSpec(config.image_size)
         self.backbone = ViT(config.image_size, config.backbone)
-        self.keep = int(self.backbone.tokens * (1 - config.mask_ratio))
-        if not 0 < self.keep < self.backbone.tokens:
-            raise ConfigError(
-                f"mask_ratio = {config.mask_ratio} leaves {self.keep} of {self.backbone.tokens} patches visible",
-                "Choose a ratio that keeps and hides at least one patch",
-            )
-        self.decoder = Decoder(config.decoder, self.backbone)
         # Fixed, as the authors' downloaded arrays are: the same in every run, and no part of the weights.
         self.register_buffer("noise", self.make_noise(), persistent=False)
-        self.initialise()
+        self.keep = visible_patches(self.backbone.tokens, config.mask_ratio)
+        self.decoder = Decoder(config.decoder, self.backbone, config.backbone.patch_size**2 * 3)
+        initialise(self)
 
     def make_noise(self) -> Tensor:
         """The filtered noise images (N, S, S). Raises ConfigError for sizes or deviations that make no noise."""
@@ -215,17 +170,6 @@ class Model(nn.Module):
         white = torch.randn(shape, generator=seeds.generator("cpu", "colour noise"))
         return colour_noise(white, config.colour, config.sigmas)
 
-    def initialise(self) -> None:
-        """Xavier-uniform matrices with the patch projection read as one; tokens from N(0, 0.02)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.backbone.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(len(projection), -1))
-        nn.init.normal_(self.backbone.cls_token, std=0.02)
-        nn.init.normal_(self.decoder.mask_token, std=0.02)
-
     def parameter_groups(self, recipe: Recipe) -> list[dict[str, Any]]:
         """The class and the mask token do not decay either (authors' logs/pretrain)."""
         tokens = [self.backbone.cls_token, self.decoder.mask_token]
@@ -242,14 +186,13 @@ class Model(nn.Module):
         return {"images": normalise(images, self.input), "noise": noise}
 
     def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) and noise (B, rows, columns); the loss averages over hidden patches."""
-        visible, mask, restore = keep_strongest(self.backbone.embed(images), noise.flatten(1), self.keep)
+        """Normalised images (B, 3, H, W) and noise (B, rows, columns), whose strongest patches stay visible."""
+        visible, mask, restore = random_masking(self.backbone.embed(images), -noise.flatten(1), self.keep)
         latent = self.backbone(visible)
         pred = self.decoder(latent, restore)
         target = patchify(images, self.config.backbone.patch_size)
         if self.config.normalise_target:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6).sqrt()
+            target = standardise(target)
         error = (pred - target).square().mean(-1)
         loss = (error * mask).sum() / mask.sum()
         return {"loss": loss, "pred": pred, "mask": mask, "latent": latent, "ids_restore": restore}

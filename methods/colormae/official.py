@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from mimbench.errors import ConfigError
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import official_decoder_shape, official_shape
 
-from .method import Config, DecoderShape, Model
+from .method import Config, Model
 
 NAMES = (
     ("backbone.layers.", "backbone.blocks."),
     ("backbone.ln1.", "backbone.norm."),
     ("patch_embed.projection.", "patch_embed.proj."),
-    ("neck.decoder_pos_embed", "decoder.positions"),
     ("neck.decoder_", "decoder."),
     ("neck.ln1.", "decoder.norm."),
     ("neck.", "decoder."),
@@ -31,21 +30,11 @@ def config_from_official(options: dict[str, Any]) -> Config:
     """Our Config for the options of the authors' ``ColorMAEViT`` and mmpretrain's decoder and head."""
     if options["in_chans"] != 3:
         raise ConfigError(f"in_chans = {options['in_chans']} is not supported: images have 3 channels")
+    mlp_ratio = options["feedforward_channels"] / options["embed_dim"]
     return Config(
         image_size=options["img_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["feedforward_channels"] / options["embed_dim"],
-        ),
-        decoder=DecoderShape(
-            options["decoder_embed_dim"],
-            options["decoder_depth"],
-            options["decoder_num_heads"],
-            options["decoder_mlp_ratio"],
-        ),
+        backbone=official_shape({**options, "mlp_ratio": mlp_ratio}),
+        decoder=official_decoder_shape({**options, "mlp_ratio": options["decoder_mlp_ratio"]}),
         mask_ratio=options["mask_ratio"],
         normalise_target=options["norm_pix_loss"],
     )

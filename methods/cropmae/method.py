@@ -18,18 +18,16 @@ from torch.nn import functional as F
 from mimbench import augment
 from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
-from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
-from mimbench.models.vit import (
-    ViT,
-    ViTEncoder,
-    ViTShape,
-    attention,
-    dropout,
-    gelu,
-    patchify,
-    sincos_positions,
+from mimbench.models.mae import (
+    Decoder,
+    DecoderShape,
+    initialise,
+    random_masking,
+    standardise,
+    visible_patches,
 )
+from mimbench.models.vit import ViT, ViTEncoder, ViTShape, attention, dropout, gelu, patchify
 
 RECIPE = Recipe(
     epochs=400,
@@ -46,7 +44,7 @@ Pairs = Literal["global_to_local", "local_to_global", "random", "same", "frames"
 
 
 @dataclass(frozen=True)
-class Decoder:
+class CrossDecoder:
     """Cross- and self-attention blocks from the masked view to the full one."""
 
     width: int = 256  # channels of a token (authors' scripts)
@@ -62,7 +60,7 @@ class Config:
 
     image_size: int = 224  # side of both views, in pixels
     backbone: ViTShape = ViTShape(16, 384, 12, 6)  # the siamese encoder
-    decoder: Decoder = Decoder()  # discarded after pretraining
+    decoder: CrossDecoder = CrossDecoder()  # discarded after pretraining
     mask_ratio: float = 0.985  # share of the second view's patches that are hidden: 2 of 196 stay
     pairs: Pairs = "global_to_local"  # the two views (Sec. 3.2 and its ablation)
     global_scale: tuple[float, float] = (0.1, 1.0)  # area of the global crop, share of the image
@@ -89,7 +87,7 @@ class Attention(nn.MultiheadAttention):
 class DecoderBlock(nn.Module):
     """Cross-attention, then MLP, then self-attention, each followed by its norm."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: CrossDecoder) -> None:
         super().__init__()
         width = decoder.width
         self.rate = decoder.dropout
@@ -115,8 +113,6 @@ class DecoderBlock(nn.Module):
 class Model(nn.Module):
     """One encoder for both views, a decoder from the masked view to the full one, MAE's loss."""
 
-    decoder_pos_embed: Tensor
-
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
@@ -125,31 +121,10 @@ class Model(nn.Module):
         self.frame_gap = config.frame_gap
         shape, decoder = config.backbone, config.decoder
         self.backbone = ViT(config.image_size, shape)
-        self.keep = int(self.backbone.tokens * (1 - config.mask_ratio))
-        if not 0 < self.keep < self.backbone.tokens:
-            raise ConfigError(
-                f"mask_ratio = {config.mask_ratio} leaves {self.keep} of {self.backbone.tokens} patches visible",
-                f"Two visible patches are mask_ratio = {1 - 2 / self.backbone.tokens}",
-            )
-        self.decoder_embed = nn.Linear(shape.width, decoder.width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
-        table = sincos_positions(decoder.width, *self.backbone.grid)
-        self.register_buffer("decoder_pos_embed", torch.cat([torch.zeros(1, decoder.width), table])[None])
-        self.decoder_blocks = nn.ModuleList([DecoderBlock(decoder) for _ in range(decoder.depth)])
-        self.decoder_norm = nn.LayerNorm(decoder.width, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder.width, shape.patch_size**2 * 3)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """As MAE: Xavier-uniform matrices with the patch projection read as one; tokens from N(0, 0.02)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.backbone.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(len(projection), -1))
-        nn.init.normal_(self.backbone.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        self.keep = visible_patches(self.backbone.tokens, config.mask_ratio)
+        size, pixels = DecoderShape(decoder.width, decoder.depth, decoder.heads), shape.patch_size**2 * 3
+        self.decoder = Decoder(size, self.backbone, pixels, lambda: DecoderBlock(decoder))
+        initialise(self)
 
     def views(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The view seen in full, the view to reconstruct, and the noise that ranks the latter's patches."""
@@ -189,33 +164,14 @@ class Model(nn.Module):
             "noise": noise,
         }
 
-    def encode_masked(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[class, visible patches] encoded, the mask (1 = hidden), and the permutation back to raster order."""
-        tokens = self.backbone.embed(images)
-        shuffle = noise.argsort(dim=1)
-        restore = shuffle.argsort(dim=1)
-        visible = tokens.gather(1, shuffle[:, : self.keep, None].expand(-1, -1, tokens.shape[2]))
-        return self.backbone(visible), (restore >= self.keep).to(tokens.dtype), restore
-
-    def decode(self, memory: Tensor, latent: Tensor, restore: Tensor) -> Tensor:
-        """Predicted pixels of the masked view (B, L, p*p*C). Only its tokens get the decoder's positions."""
-        memory, x = self.decoder_embed(memory), self.decoder_embed(latent)
-        hidden = restore.shape[1] + 1 - x.shape[1]
-        patches = torch.cat([x[:, 1:], self.mask_token.expand(len(x), hidden, -1)], dim=1)
-        patches = patches.gather(1, restore[..., None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x, memory)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
-
     def forward(self, images1: Tensor, images2: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Both normalised views (B, 3, H, W) and noise (B, L); squared error on the hidden, normalised patches."""
         memory = self.backbone(self.backbone.embed(images1))
-        latent, mask, restore = self.encode_masked(images2, noise)
-        pred = self.decode(memory, latent, restore)
-        target = patchify(images2, self.config.backbone.patch_size)
-        mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-        error = (pred - (target - mean) / (var + 1e-6).sqrt()).square().mean(-1)
+        visible, mask, restore = random_masking(self.backbone.embed(images2), noise, self.keep)
+        latent = self.backbone(visible)
+        pred = self.decoder(latent, restore, self.decoder.embed(memory))  # which gets no positions
+        target = standardise(patchify(images2, self.config.backbone.patch_size))
+        error = (pred - target).square().mean(-1)
         loss = (error * mask).sum() / mask.sum()
         outputs = {"loss": loss, "pred": pred, "mask": mask, "latent": latent}
         return {**outputs, "latent1": memory, "ids_restore": restore}

@@ -7,11 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from mimbench.errors import ConfigError
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import from_official_name, official_shape
 
-from .method import Config, Decoder, Model
-
-ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+from .method import Config, CrossDecoder, Model
 
 
 def config_from_official(options: dict[str, Any]) -> Config:
@@ -20,14 +18,8 @@ def config_from_official(options: dict[str, Any]) -> Config:
         raise ConfigError("norm_pix_loss = false is not supported: the authors' scripts always normalise")
     return Config(
         image_size=options["img_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
-        decoder=Decoder(
+        backbone=official_shape(options),
+        decoder=CrossDecoder(
             options["decoder_embed_dim"],
             options["decoder_depth"],
             options["decoder_num_heads"],
@@ -39,8 +31,8 @@ def config_from_official(options: dict[str, Any]) -> Config:
 
 
 def from_official(state_dict: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The authors' names to ours: the encoder's get the prefix ``backbone.``, the decoder's stay."""
-    return {f"backbone.{k}" if k.startswith(ENCODER) else k: v for k, v in state_dict.items()}
+    """The authors' names, which are MAE's, to ours."""
+    return {from_official_name(name): value for name, value in state_dict.items()}
 
 
 def replay(model: Model, arrays: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,13 +19,14 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
+from mimbench.models.mae import initialise, standardise, take, visible_patches
 from mimbench.models.vit import (
     MLP,
     Attention,
+    CrossAttention,
     ViT,
     ViTEncoder,
     ViTShape,
-    attention,
     patchify,
     sincos_positions,
 )
@@ -70,24 +71,6 @@ class Config:
     recipe: Recipe = RECIPE  # Table 10
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention from tokens (B, N, D) to a memory (B, M, E) of another width."""
-
-    def __init__(self, width: int, memory_width: int, heads: int) -> None:
-        super().__init__()
-        if heads < 1 or width % heads:
-            raise ConfigError(f"decoder.width = {width} is not a multiple of the {heads} heads")
-        self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(memory_width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class DecoderBlock(nn.Module):
     """Pre-norm cross-attention and MLP. Without self-attention no token can tell which others are there."""
 
@@ -109,11 +92,6 @@ class DecoderBlock(nn.Module):
             x = x + self.self_attn(self.norm0(x))
         x = x + self.cross_attn(self.norm1(x), memory)
         return x + self.mlp(self.norm2(x))
-
-
-def take(tokens: Tensor, places: Tensor) -> Tensor:
-    """The tokens (B, N, D) of (B, L, D) at ``places`` (B, N)."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 class Model(nn.Module):
@@ -147,17 +125,12 @@ class Model(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(decoder.width, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder.width, shape.patch_size**2 * 3)
-        self.initialise()
+        initialise(self)  # the mixture too: in the authors' code that overwrites the paper's N(0, 1 / maps)
 
     def count_patches(self) -> tuple[int, int, int]:
         """How many patches are seen, how many are neither seen nor decoded, and how many are decoded."""
         total, hidden, decoded = self.backbone.tokens, self.config.mask_ratio, self.config.prediction_ratio
-        keep = int(total * (1 - hidden))
-        if not 0 < keep < total:
-            raise ConfigError(
-                f"mask_ratio = {hidden} leaves {keep} of {total} patches visible",
-                "Choose a ratio that keeps and hides at least one patch",
-            )
+        keep = visible_patches(total, hidden)
         if not 0 < decoded <= hidden:
             raise ConfigError(
                 f"prediction_ratio = {decoded} is a share of all patches, so it lies above 0 and is at most "
@@ -178,18 +151,6 @@ class Model(nn.Module):
                 f"mixed_blocks = {list(chosen)} should name some of the encoder's blocks 0 to {depth - 1}, each once"
             )
         return sorted(chosen)
-
-    def initialise(self) -> None:
-        """As MAE, the mixture too: in the authors' code that overwrites the paper's N(0, 1 / maps)."""
-        nn.init.normal_(self.backbone.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        projection = self.backbone.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(len(projection), -1))
 
     def parameter_groups(self, recipe: Recipe) -> Iterable[dict[str, Any]]:
         """All in one group. The loss of a few patches varies more, so the rate falls with their share."""
@@ -228,9 +189,7 @@ class Model(nn.Module):
     def target(self, images: Tensor, places: Tensor) -> Tensor:
         """The pixels to regress (B, N, p*p*C), each patch standardised by its unbiased variance."""
         target = take(patchify(images, self.config.backbone.patch_size), places)
-        if not self.config.normalise_target:
-            return target
-        return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return standardise(target) if self.config.normalise_target else target
 
     def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) and noise (B, L); the lowest are seen, the highest decoded."""

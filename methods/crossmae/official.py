@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mimbench.errors import ConfigError
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import official_shape
 
 from .method import Config, Decoder, Model
 
@@ -26,13 +26,7 @@ def config_from_official(options: dict[str, Any]) -> Config:
     blocks = None if chosen == [-1] else tuple(block % depth for block in chosen)
     return Config(
         image_size=options["img_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            depth,
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
+        backbone=official_shape(options),
         decoder=Decoder(
             options["decoder_embed_dim"],
             options["decoder_depth"],

@@ -23,6 +23,7 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
+from mimbench.models.mae import DecoderShape, initialise, standardise, take
 from mimbench.models.vit import Block, ViT, ViTEncoder, ViTShape, patchify, sincos_positions
 
 RECIPE = Recipe(
@@ -37,21 +38,12 @@ RECIPE = Recipe(
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """The size of each of the two decoders, which differ in their weights only."""
-
-    width: int = 512  # channels of a token
-    depth: int = 8  # blocks
-    heads: int = 16  # attention heads per block
-
-
-@dataclass(frozen=True)
 class Config:
     """The setting of the authors' PRETRAIN.md for ViT-B/16; sources are files of their code."""
 
     image_size: int = 224  # side of the training crop, in pixels
     backbone: ViTShape = ViTShape()  # the encoder
-    decoder: DecoderShape = DecoderShape()  # models_mae_learn_loss.py; both discarded after pretraining
+    decoder: DecoderShape = DecoderShape()  # of each of the two (models_mae_learn_loss.py)
     mask_ratio: float = 0.75  # share of patches that the student does not see (PRETRAIN.md)
     hard_share: tuple[float, float] = (0.0, 0.5)  # share of the mask mined, first to last (generate_mask)
     relative: bool = True  # learn the order of patch losses, not their values (PRETRAIN.md)
@@ -94,23 +86,14 @@ def value_loss(predicted: Tensor, error: Tensor) -> Tensor:
     return (predicted - standardise(error)).square().mean()
 
 
-def standardise(x: Tensor) -> Tensor:
-    """Zero mean and unit unbiased variance along the last dimension."""
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True)
-    return (x - mean) / (var + 1e-6).sqrt()
-
-
-def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens of (B, L, D) at ``index`` (B, N)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
-
-
 class Decoder(nn.Module):
     """Transformer blocks, a norm, and p*p*C outputs for every patch."""
 
     def __init__(self, shape: DecoderShape, outputs: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(shape.width, shape.heads) for _ in range(shape.depth)])
+        self.blocks = nn.ModuleList(
+            [Block(shape.width, shape.heads, shape.mlp_ratio) for _ in range(shape.depth)]
+        )
         self.norm = nn.LayerNorm(shape.width, eps=1e-6)
         self.pred = nn.Linear(shape.width, outputs)
 
@@ -136,18 +119,7 @@ class Network(nn.Module):
         self.register_buffer("decoder_pos_embed", torch.cat([torch.zeros(1, decoder.width), table])[None])
         self.reconstructor = Decoder(decoder, pixels)
         self.loss_predictor = Decoder(decoder, pixels)
-        self.initialise()
-
-    def initialise(self) -> None:
-        """Xavier-uniform matrices with the patch projection read as one; tokens from N(0, 0.02)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        projection = self.backbone.patch_embed.proj.weight
-        nn.init.xavier_uniform_(projection.view(len(projection), -1))
-        nn.init.normal_(self.backbone.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        initialise(self)
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normed outputs on [class, patches at ``visible`` (B, N)]."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mimbench.errors import ConfigError
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import official_decoder_shape, official_shape
 
-from .method import Config, DecoderShape, Model
+from .method import Config, Model
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 NETWORKS = {"model": "student", "ema": "teacher"}  # a checkpoint's state_dict and its ema_state_dict
@@ -22,16 +22,8 @@ def config_from_official(options: dict[str, Any]) -> Config:
         raise ConfigError("vis_mask_ratio above 0 is not supported: it is UM-MAE's and off in HPM's scripts")
     return Config(
         image_size=options["img_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
-        decoder=DecoderShape(
-            options["decoder_embed_dim"], options["decoder_depth"], options["decoder_num_heads"]
-        ),
+        backbone=official_shape(options),
+        decoder=official_decoder_shape(options),
         mask_ratio=options["mask_ratio"],
         hard_share=(0.0, 0.5) if options["guide"] else (0.5, 0.5),
         relative=options["relative"],

@@ -26,6 +26,7 @@ from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
+from mimbench.models.mae import standardise
 from mimbench.models.vit import ViTEncoder, ViTShape
 
 from .model import Decoder, Head, LatentDecoder, ProjectedViT
@@ -103,8 +104,7 @@ def patch_discrimination(pred: Tensor, target: Tensor, temperature: float) -> Te
 
 def regression(pred: Tensor, target: Tensor) -> Tensor:
     """Squared error to targets (B, M, D) standardised over their channels: the loss found to be trivial."""
-    mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-    return F.mse_loss(pred, (target - mean) / (var + 1e-6).sqrt())
+    return F.mse_loss(pred, standardise(target))
 
 
 def average_similarity(tokens: Tensor) -> Tensor:

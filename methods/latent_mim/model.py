@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimbench.errors import ConfigError
-from mimbench.models.vit import MLP, Attention, ViT, ViTShape, attention, gelu
+from mimbench.models.mae import take
+from mimbench.models.vit import MLP, Attention, CrossAttention, ViT, ViTShape, gelu
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ def positions(width: int, side: int) -> Tensor:
     code = torch.cat([angle.sin(), angle.cos()], dim=1)
     table = torch.cat([code.repeat(side, 1), code.repeat_interleave(side, dim=0)], dim=1)
     return F.pad(table, (0, 0, 1, 0)).float()[None]
-
-
-def pick(tokens: Tensor, chosen: Tensor) -> Tensor:
-    """The tokens (B, n, D), of (B, L, D) or (1, L, D), that ``chosen`` (B, n) names."""
-    return tokens.expand(len(chosen), -1, -1).gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 class Projection(nn.Module):
@@ -77,25 +73,7 @@ class ProjectedViT(nn.Module):
 
     def forward(self, images: Tensor, chosen: Tensor) -> Tensor:
         """Latents (B, 1 + n, D) of the class token and the patches ``chosen`` (B, n), seeing nothing else."""
-        return self.head(self.vit(pick(self.vit.embed(images), chosen)))
-
-
-class CrossAttention(nn.Module):
-    """Multi-head attention from queries (B, M, D) to memory (B, L, D)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.kv_proj = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
-        q, k, v = (
-            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in (self.q_proj(query), *self.kv_proj(memory).chunk(2, dim=-1))
-        )
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(self.vit(take(self.vit.embed(images), chosen)))
 
 
 class DecoderBlock(nn.Module):
@@ -107,7 +85,7 @@ class DecoderBlock(nn.Module):
         self.self_attn = Attention(width, heads)
         self.norm2q = nn.LayerNorm(width, eps=1e-6)
         self.norm2kv = nn.LayerNorm(width, eps=1e-6)
-        self.cross_attn = CrossAttention(width, heads)
+        self.cross_attn = CrossAttention(width, width, heads)
         self.norm3 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
@@ -151,13 +129,13 @@ class LatentDecoder(nn.Module):
             weights = self.nearness[hidden[:, :, None], visible[:, None, :]].softmax(-1)
             token = token + weights.to(memory.dtype) @ memory
         cls = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls.expand(len(token), -1, -1), token + pick(self.pos_embed[:, 1:], hidden)], dim=1)
+        return torch.cat([cls.expand(len(token), -1, -1), token + self.pos_embed[0, 1:][hidden]], dim=1)
 
     def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Predicted latents (B, M, D) of ``hidden`` (B, M) from [class, ``visible``] latents (B, 1 + V, D)."""
         memory = self.embed(latent)
         query = self.queries(memory[:, 1:], visible, hidden)
-        place = pick(self.pos_embed[:, 1:], visible)
+        place = self.pos_embed[0, 1:][visible]
         memory = memory + torch.cat([self.pos_embed[:, :1].expand(len(place), -1, -1), place], dim=1)
         for block in self.blocks:
             query = block(query, memory)

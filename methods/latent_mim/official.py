@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mimbench.errors import ConfigError
-from mimbench.models.vit import ViTShape, patchify
+from mimbench.models.mae import official_shape
+from mimbench.models.vit import patchify
 
 from .method import Config, Model, take_patches
 from .model import Decoder, Head
@@ -25,13 +26,7 @@ def config_from_official(options: dict[str, Any]) -> Config:
         raise ConfigError("freeze_pe = false is not supported: the authors' command keeps positions fixed")
     return Config(
         image_size=options["grid_size"] * options["patch_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
+        backbone=official_shape(options),
         head=Head(options["proj_mlp_dim"], options["proj_mlp_depth"]),
         decoder=Decoder(options["decoder_embed_dim"], options["decoder_depth"], options["decoder_num_heads"]),
         patch_gap=options["patch_gap"],
@@ -53,7 +48,9 @@ def from_official(state_dict: dict[str, Tensor], config: Config) -> dict[str, Te
         part, _, rest = name.partition(".")
         if rest == "pos_embed.pos_embeds":
             rest, value = "pos_embed", value[None]
-        if part != "decoder":
+        if part == "decoder":
+            rest = re.sub(r"\.cross_attn\.(q|kv)_proj\.", r".cross_attn.\1.", rest)
+        else:
             if rest == "embed.proj.weight":
                 value = value.unflatten(1, (p, p, 3)).permute(0, 3, 1, 2)
             rest = re.sub(r"^head\.linear(\d+)\.", r"head.linears.\1.", rest)

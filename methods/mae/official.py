@@ -7,33 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import from_official_name, official_decoder_shape, official_shape
 
-from .method import Config, Decoder, Model
-
-ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+from .method import Config, Model
 
 
 def config_from_official(options: dict[str, Any]) -> Config:
     """Our Config for the arguments of the authors' ``MaskedAutoencoderViT``."""
     return Config(
         image_size=options["img_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
-        decoder=Decoder(options["decoder_embed_dim"], options["decoder_depth"], options["decoder_num_heads"]),
+        backbone=official_shape(options),
+        decoder=official_decoder_shape(options),
         mask_ratio=options["mask_ratio"],
         normalise_target=options["norm_pix_loss"],
     )
 
 
 def from_official(state_dict: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The authors' names to ours: the encoder's get the prefix ``backbone.``, the decoder's stay."""
-    return {f"backbone.{k}" if k.startswith(ENCODER) else k: v for k, v in state_dict.items()}
+    """The authors' names to ours: ``backbone`` holds the encoder, ``decoder`` the rest."""
+    return {from_official_name(name): value for name, value in state_dict.items()}
 
 
 def replay(model: Model, arrays: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def noise_of(colour: str, count: int = 200, size: int = 64) -> torch.Tensor:
 def visible(colour: str, side: int = 14, count: int = 4000) -> torch.Tensor:
     """Maps (count, side, side) with 1 where a patch is visible."""
     noise = MODULE.cut_windows(noise_of(colour), count, side, seeds.generator("cpu", 0)).flatten(1)
-    mask = MODULE.keep_strongest(noise[..., None], noise, side * side // 4)[1]
+    mask = MODULE.random_masking(noise[..., None], -noise, side * side // 4)[1]
     return 1 - mask.view(count, side, side)
 
 
@@ -122,7 +122,7 @@ def test_every_patch_is_visible_equally_often() -> None:
 
 def test_the_strongest_noise_is_visible_and_enters_first() -> None:
     ramp = torch.arange(16.0).repeat(2, 1)
-    kept, mask, restore = MODULE.keep_strongest(ramp[..., None], ramp, keep=4)
+    kept, mask, restore = MODULE.random_masking(ramp[..., None], -ramp, keep=4)
     assert kept[0, :, 0].tolist() == [15, 14, 13, 12]
     assert mask[0].tolist() == [1.0] * 12 + [0.0] * 4
     filled = torch.cat([kept[..., 0], torch.arange(11.0, -1, -1).repeat(2, 1)], dim=1)

@@ -109,7 +109,7 @@ def test_the_view_seen_in_full_gets_gradient() -> None:
 
 def test_the_decoder_block_crosses_then_mixes_channels_then_tokens() -> None:
     torch.manual_seed(0)
-    block = MODULE.DecoderBlock(MODULE.Decoder(width=8, heads=2, hidden=16)).eval()
+    block = MODULE.DecoderBlock(MODULE.CrossDecoder(width=8, heads=2, hidden=16)).eval()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.5)
     query, memory = torch.randn(2, 5, 8), torch.randn(2, 7, 8)

@@ -90,10 +90,10 @@ def test_the_published_recipe() -> None:
     assert (paper.backbone.width, paper.backbone.depth, paper.decoder.depth) == (768, 12, 8)
     model = build()
     decayed = decayed_names(model)
-    assert "mask_token" in decayed
+    assert "decoder.mask_token" in decayed
     assert "backbone.cls_token" in decayed
     assert "backbone.norm.weight" not in decayed
-    assert "decoder_pred.bias" not in decayed
+    assert "decoder.pred.bias" not in decayed
 
 
 def decayed_names(model: Any) -> set[str]:

@@ -183,6 +183,24 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(b, length, d))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens (B, N, D) to a memory (B, M, E); norms are left to the block."""
+
+    def __init__(self, width: int, memory_width: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ConfigError(f"width {width} is not a multiple of the {heads} heads")
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(memory_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(memory).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class MLP(nn.Module):
     """Two linear layers with a GELU between."""
 
