@@ -23,7 +23,7 @@ from mimbench import fit as fit_module
 from mimbench.data.split import Batch, InMemory, Split
 from mimbench.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss, ResultsError
 from mimbench.fit import History, Recipe, fit
-from mimbench.optim import learning_rate
+from mimbench.optim import learning_rate, stage
 from mimbench.progress import quiet
 
 CPU = torch.device("cpu")
@@ -205,6 +205,44 @@ def test_average_covers_buffers() -> None:
     for name, value in model.state_dict().items():
         if name != counter:
             torch.testing.assert_close(value.double(), average[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_begins_before_its_first_step_and_the_same_after_a_resumption(tmp_path: Path) -> None:
+    class Staged(Toy):
+        def __init__(self, stop: int | None = None) -> None:
+            super().__init__()
+            self.register_buffer("stage", torch.tensor(0))
+            self.stop, self.began = stop, []
+
+        def before_step(self, progress: float) -> None:
+            if stage(progress, 2) != self.stage:
+                self.stage += 1
+                self.net[1].weight.normal_()
+                self.began.append(progress)
+
+        def after_step(self, progress: float) -> None:
+            super().after_step(progress)
+            if len(self.calls) == self.stop:
+                raise KeyboardInterrupt
+
+    whole = Staged()
+    train(whole)
+    assert whole.began == [0.5]
+    for stop in (10, 11, 12):  # around the first step of the second stage
+        folder = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(Staged(stop), folder=folder)
+        resumed = Staged()
+        train(resumed, folder=folder)
+        assert_same(resumed, whole)
+
+
+def test_a_history_includes_the_cost_of_what_it_builds_on() -> None:
+    both = History(steps=5, images=100, seconds=7, warnings=["b"]).include(
+        History(steps=3, images=60, seconds=2, peak_memory=9, warnings=["a"]), "the tokenizer"
+    )
+    assert (both.steps, both.images, both.seconds, both.peak_memory) == (5, 160, 9, 9)
+    assert both.warnings == ["a", "60 images and 2 s of this went into the tokenizer", "b"]
 
 
 def test_epochs_are_permutations_that_differ() -> None:

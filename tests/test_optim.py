@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +17,14 @@ from mimbench.encoder import InputSpec
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
 from mimbench.models.vit import ViT, ViTEncoder, ViTShape
-from mimbench.optim import LARS, learning_rate, make_optimizer, parameter_groups, set_learning_rates
+from mimbench.optim import (
+    LARS,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rates,
+    stage,
+)
 
 
 def test_mae_schedule() -> None:
@@ -75,6 +85,29 @@ def test_warmup_longer_than_training_never_reaches_the_peak() -> None:
     assert [learning_rate(s, 2, recipe) for s in range(4)] == pytest.approx([0, 0.125, 0.25, 0.375])
     even = Recipe(epochs=2, batch_size=256, base_lr=1.0, warmup_epochs=2)
     assert math.isfinite(learning_rate(4, 2, even))
+
+
+def test_a_cosine_that_stops_early_follows_the_longer_one() -> None:
+    """CroCo's is planned over 800 epochs and stopped at 400."""
+    planned = Recipe(epochs=780, batch_size=256, base_lr=1.5e-4, min_lr=1e-6)
+    stopped = dataclasses.replace(planned, epochs=390, cosine_share=0.5)
+    for step in range(0, 390 * 3, 50):
+        assert learning_rate(step, 3, stopped) == pytest.approx(learning_rate(step, 3, planned))
+
+
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+def test_stages_repeat_the_schedule_of_one(unit: Literal["step", "epoch"]) -> None:
+    one = Recipe(epochs=20, base_lr=0.3, warmup_epochs=2, min_lr=0.01, schedule_unit=unit)
+    three = dataclasses.replace(one, epochs=60, stages=3)
+    rates = [learning_rate(step, 7, one) for step in range(20 * 7)]
+    assert [learning_rate(step, 7, three) for step in range(60 * 7)] == pytest.approx(rates * 3)
+
+
+def test_the_stage_of_a_step_is_right_at_every_boundary() -> None:
+    for stages, each in itertools.product((1, 2, 3, 7), (1, 3, 49, 50)):
+        total = stages * each
+        assert [stage(step / total, stages) for step in range(total)] == [s // each for s in range(total)]
+    assert stage(1.0, 3) == 2
 
 
 def test_lars_steps_by_hand() -> None:

@@ -55,6 +55,8 @@ class Recipe:
     decay_vectors: bool = False  # whether biases and norm weights decay too
     layer_decay: float = 1.0  # factor on the lr per layer below the top (needs layer_of)
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    cosine_share: float = 1.0  # how much of the cosine's fall training covers; below 1 it stops early
+    stages: int = 1  # how often the schedule starts again, warm-up included; each takes epochs / stages
     schedule_unit: Literal["step", "epoch"] = "step"  # how often the lr changes after warm-up
     warmup_epochs: float = 0  # linear rise to the peak
     warmup_lr: float = 0.0  # base lr that the rise starts from, scaled like base_lr
@@ -72,12 +74,12 @@ class Recipe:
         config.check(
             self,
             "recipe",
-            positive=("batch_size", "accumulate", "clip_norm", "layer_decay"),
+            positive=("batch_size", "accumulate", "clip_norm", "layer_decay", "stages"),
             not_negative=(
                 *("epochs", "base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "momentum"),
                 *("lr_batch", "milestones", "gamma", "checkpoint_minutes"),
             ),
-            share=("ema",),
+            share=("ema", "cosine_share"),
         )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"recipe.betas = {list(self.betas)} should lie in [0, 1)")
@@ -106,8 +108,9 @@ class Trainable(Protocol):
 
     - ``frame_gap``: least and most distance of ``Batch.frames``, in frames;
     - ``parameter_groups(recipe)`` and ``layer_of(name)``: see ``mimbench.optim.parameter_groups``;
-    - ``after_step(progress)``: called without gradient after every optimizer step, with the share of
-      training done before that step, as in ``Batch.progress``. Here averaged teachers move.
+    - ``before_step(progress)`` and ``after_step(progress)``: called without gradient around every optimizer
+      step, with the share of training done before it, as in ``Batch.progress``. A new stage begins in the
+      former; averaged teachers move in the latter.
     """
 
     needs: tuple[str, ...]  # of "labels", "masks", "frames": what views() reads beside the images
@@ -140,6 +143,18 @@ class History:
     planned: int = 0  # steps that the recipe or its budget came to; 0 until that is settled
     peak_memory: int = 0  # bytes on the GPU, or of the process
     warnings: list[str] = field(default_factory=list)
+
+    def include(self, earlier: History, what: str) -> History:
+        """This history with the cost of an earlier training that it builds on, such as a tokenizer's."""
+        note = f"{earlier.images} images and {earlier.seconds:.0f} s of this went into {what}"
+        return dataclasses.replace(
+            self,
+            images=earlier.images + self.images,
+            seconds=earlier.seconds + self.seconds,
+            resumed=earlier.resumed + self.resumed,
+            peak_memory=max(earlier.peak_memory, self.peak_memory),
+            warnings=[*earlier.warnings, note, *self.warnings],
+        )
 
 
 def fit(
@@ -344,6 +359,9 @@ class _Training:
         """One optimizer step. Returns what it logs, on the device, and its learning rate."""
         recipe, model = self.recipe, self.model
         with torch.no_grad():
+            if before_step := getattr(model, "before_step", None):
+                seeds.seed_everything(self.seed, "stage", self.step)
+                before_step(batch.progress)
             generator = seeds.generator(self.device, self.seed, "views", self.step)
             views = model.views(batch, generator)  # type: ignore[operator]
         seeds.seed_everything(self.seed, "model", self.step)

@@ -18,25 +18,34 @@ if TYPE_CHECKING:
 def learning_rate(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
     """The learning rate of optimizer step ``step``, counted from 0, before any factor per group.
 
-    With t = step / steps_per_epoch: a linear rise from ``warmup_lr`` over ``warmup_epochs``, then
-    min_lr + (lr - min_lr) (1 + cos(pi (t - warm-up) / (epochs - warm-up))) / 2 for ``cosine``, as in MAE's
-    util/lr_sched.py; lr * gamma^(milestones passed) for ``multistep``; lr for ``constant``. With
-    ``schedule_unit = "epoch"`` t is rounded down after the warm-up, as in SimSiam's main_simsiam.py.
+    With t the epochs since the stage began: a linear rise from ``warmup_lr`` over ``warmup_epochs``, then
+    min_lr + (lr - min_lr) (1 + cos(pi c (t - warm-up) / (length - warm-up))) / 2 for ``cosine``, as in MAE's
+    util/lr_sched.py, with c = ``cosine_share``; lr * gamma^(milestones passed) for ``multistep``; lr for
+    ``constant``. With ``schedule_unit = "epoch"`` t is rounded down after the warm-up, as in SimSiam's
+    main_simsiam.py.
     """
     peak = scaled(recipe.base_lr, recipe)
+    length = recipe.epochs / recipe.stages
     time = step / steps_per_epoch
+    if recipe.stages > 1:
+        time -= length * stage(time / recipe.epochs, recipe.stages)
     if time < recipe.warmup_epochs:
         start = scaled(recipe.warmup_lr, recipe)
         return start + (peak - start) * time / recipe.warmup_epochs
     if recipe.schedule_unit == "epoch":
-        time = max(float(step // steps_per_epoch), recipe.warmup_epochs)
+        time = max(math.floor(time + 1e-9), recipe.warmup_epochs)
     if recipe.schedule == "multistep":
         return peak * recipe.gamma ** sum(time >= milestone for milestone in recipe.milestones)
     if recipe.schedule == "cosine":
         end = scaled(recipe.min_lr, recipe)
-        share = (time - recipe.warmup_epochs) / max(recipe.epochs - recipe.warmup_epochs, 1e-12)
-        return end + (peak - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+        share = (time - recipe.warmup_epochs) / max(length - recipe.warmup_epochs, 1e-12)
+        return end + (peak - end) * (1 + math.cos(math.pi * min(share, 1.0) * recipe.cosine_share)) / 2
     return peak
+
+
+def stage(progress: float, stages: int) -> int:
+    """Which of ``stages`` equal parts of training, counted from 0, a share of it falls into."""
+    return min(int(progress * stages + 1e-9), stages - 1)  # step / steps may fall short of a boundary
 
 
 def scaled(lr: float, recipe: Recipe) -> float:
