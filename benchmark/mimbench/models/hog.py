@@ -10,13 +10,16 @@ from torch.nn import functional as F
 
 
 @torch.no_grad()
-def hog(images: Tensor, cell: int, bins: int = 9, offset: Tensor | None = None) -> Tensor:
+def hog(
+    images: Tensor, cell: int, bins: int = 9, offset: Tensor | None = None, normalise: bool = True
+) -> Tensor:
     """Histograms (B, C, bins, H / cell, W / cell) of float images (B, C, H, W), of each channel for itself.
 
     Gradients come from Sobel kernels on reflected borders; each pixel's magnitude goes whole to the one bin of
     its unsigned orientation; every cell's histogram has length 1 (0 in a flat cell). This local contrast
     normalisation is over the bins of one cell and channel, not over blocks of cells. ``offset`` (2, C) is added
-    to both gradients. Source: ``HOGLayerC`` in MaskFeat's code (SlowFast, operators.py).
+    to both gradients; without ``normalise`` magnitudes are summed only. Source: ``HOGLayerC`` in MaskFeat's code
+    (SlowFast, operators.py).
     """
     with torch.autocast(images.device.type, enabled=False):
         x = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
@@ -27,8 +30,9 @@ def hog(images: Tensor, cell: int, bins: int = 9, offset: Tensor | None = None) 
         if offset is not None:
             gx, gy = gx + offset[0, :, None, None], gy + offset[1, :, None, None]
         angle = torch.atan2(gx, gy) / math.pi * bins
-        which = angle.floor().long() % bins  # opposite directions share a bin
-        histogram = F.one_hot(which, bins).movedim(-1, 2) * torch.hypot(gx, gy)[:, :, None]
+        which = angle.floor() % bins  # opposite directions share a bin
+        number = torch.arange(bins, device=x.device)[:, None, None]
+        histogram = (which[:, :, None] == number) * torch.hypot(gx, gy)[:, :, None]
         b, c, _, height, width = histogram.shape
         cells = histogram.reshape(b, c, bins, height // cell, cell, width // cell, cell).sum((4, 6))
-        return F.normalize(cells, dim=2)
+        return F.normalize(cells, dim=2) if normalise else cells
