@@ -98,7 +98,8 @@ def compare(slug: str, file: Path) -> list[Comparison]:
         raise DataError(f"the config of {file.with_suffix('.json')} lacks {fault}") from None
     model: nn.Module = registry.load_method(slug).Model(config)
     weights = {k.removeprefix("weights/"): _tensor(v) for k, v in arrays.items() if k.startswith("weights/")}
-    load_strictly(model, official.from_official(weights, config), file)
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(getattr(official, "OURS", ()))}
+    load_strictly(model, own | official.from_official(weights, config), file)
 
     roles = {name: meta.get("role") for name, meta in info["arrays"].items()}
     inputs = {name: _tensor(arrays[name]) for name, role in roles.items() if role == "input"}
