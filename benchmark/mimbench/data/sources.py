@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 
 from mimbench import compat, paths
-from mimbench.data import arrays, embedded, folders, parquet
+from mimbench.data import arrays, embedded, folders, parquet, videos
 from mimbench.data.encoded import writing
 from mimbench.data.names import ENTRIES, PLACES, catalogue
 from mimbench.data.split import Dataset, Split
@@ -55,6 +55,8 @@ def _open(name: str, place: Path, progress: Progress | None) -> dict[str, Split]
         return arrays.stl10(name, place)
     if place.name == "oxford-iiit-pet":
         return folders.pets(name, place, progress)
+    if name in videos.LAYOUTS:
+        return videos.splits(name, place, ENTRIES[name])
     if (place / "train").is_dir() and not any(parquet.find(place).values()):
         if not (place / "val").is_dir():
             raise DataError(f"{place} has no val folder", f"Expected: {ENTRIES[name].layout}")
@@ -101,8 +103,7 @@ def _roots() -> list[Path]:
 
 def _locate(name: str) -> Path | None:
     for root in _roots():
-        if name in FOLDERS:
-            inner = FOLDERS[name][0]
+        if inner := {**FOLDERS, **videos.LAYOUTS}.get(name, ("",))[0]:
             for folder in (root / name / inner, root / inner):
                 if folder.is_dir():
                     return folder

@@ -144,6 +144,19 @@ class Split:
             self.subset(order[:count].sort().values, "val"),
         )
 
+    def clips(self, length: int | None = None) -> list[Tensor]:
+        """Positions of the frames of each scene in order of time, cut into clips of ``length`` frames.
+
+        What is left at the end of a scene is a shorter clip; single frames are left out.
+        """
+        if self.sequence is None or self.frame is None:
+            raise DataError(f"'{self.dataset}' has no sequences of frames", "Try digit-scenes or camvid")
+        scene, time = self.sequence[self.index], self.frame[self.index]
+        order = time.argsort(stable=True)
+        order = order[scene[order].argsort(stable=True)]
+        scenes = order.split(scene.unique(return_counts=True)[1].tolist())
+        return [clip for one in scenes for clip in one.split(length or len(one)) if len(clip) > 1]
+
     def partners(self, positions: Tensor, gap: tuple[int, int], generator: torch.Generator) -> Tensor:
         """For each position another one of the same scene, ``gap`` = (least, most) frames away.
 

@@ -202,15 +202,15 @@ def _write_packed(source: Encoded, folder: Path, label: str, progress: progress_
 class Streaming:
     """A store that decodes on demand, in threads."""
 
-    def __init__(self, source: Files | Packed, channels: int = 3) -> None:
-        self.source, self.channels, self.pool = source, channels, workers()
+    def __init__(self, source: Files | Packed, channels: int = 3, longest: int = LONGEST_SIDE) -> None:
+        self.source, self.channels, self.longest, self.pool = source, channels, longest, workers()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def _image(self, row: int) -> Tensor | Undecodable:
         try:
-            return torch.from_numpy(np.array(decode(self.source.read(row), self.channels)))
+            return torch.from_numpy(np.array(decode(self.source.read(row), self.channels, self.longest)))
         except Undecodable as fault:
             return fault
 
