@@ -160,8 +160,9 @@ def test_checkpoints_of_authors(tmp_path: Path) -> None:
     state = {"a": torch.arange(3.0)}
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "mae.pth")
+    torch.save({"state_dict": state, "arch": "resnet50"}, tmp_path / "moco.pth.tar")
     checkpoint.save_tensors(tmp_path / "s.safetensors", state)
-    for name in ("plain.pt", "mae.pth", "s.safetensors"):
+    for name in ("plain.pt", "mae.pth", "moco.pth.tar", "s.safetensors"):
         assert torch.equal(checkpoint.load_weights(tmp_path / name)["a"], state["a"])
 
     torch.save({"model": state, "extra": Harmful(tmp_path / "harm")}, tmp_path / "bad.pth")
@@ -169,8 +170,8 @@ def test_checkpoints_of_authors(tmp_path: Path) -> None:
         checkpoint.load_weights(tmp_path / "bad.pth")
     assert not (tmp_path / "harm").exists()
 
-    torch.save({"state_dict": state, "arch": "resnet50"}, tmp_path / "other.pth.tar")
-    with pytest.raises(CheckpointError, match="found: state_dict, arch"):
+    torch.save({"net": state, "arch": "resnet50"}, tmp_path / "other.pth.tar")
+    with pytest.raises(CheckpointError, match="found: net, arch"):
         checkpoint.load_weights(tmp_path / "other.pth.tar")
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match="no PyTorch checkpoint"):

@@ -349,7 +349,7 @@ def test_ctrl_c_outside_of_training(mimbench: Command, monkeypatch: pytest.Monke
         ("new method Bad-Slug --title T --arxiv 2101.00001", "not a valid slug"),
         ("new method mae --title T --arxiv 2101.00001", "exists already"),
         ("new method demo --title T --arxiv 2101", "not an arXiv id"),
-        ("data get camvi", "Did you mean camvid?"),
+        ("data get camvi", "Did you mean camvid"),
         ("query 'drop table runs'", "for reading only"),
         ("query 'selec 1'", "syntax error"),
         ("query 'select 1; drop table runs'", "one select statement"),

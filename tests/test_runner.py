@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mimbench import data, fit, paths, progress, record, registry, runner
-from mimbench.errors import ConfigError, DataError, UnknownName
+from mimbench.errors import ConfigError, DataError, MimbenchError, UnknownName
 from mimbench.runner import Outcome, Request
 
 TINY = (
@@ -231,7 +232,7 @@ def test_dense_protocols_find_scenes_with_masks_by_themselves() -> None:
 def test_the_pretraining_is_shared_by_what_leaves_the_weights_alone_and_by_nothing_else() -> None:
     plan = runner._Plan(Request(("mae",)))
     dataset = data.load("digits")
-    settings = plan.method_settings("mae", dataset)
+    settings = plan.method_settings(plan.methods[0], dataset)
     key = runner.pretraining_key("mae", settings, dataset.train, 0)
 
     def with_recipe(**changes: Any) -> str:
@@ -281,3 +282,39 @@ def test_a_method_learns_only_from_data_that_has_what_it_needs() -> None:
 def test_devices_that_are_none(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         runner.choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nowhere", "there is no teacher 'nowhere'. Write run:SLUG"),
+        ("run:dmae", "dmae cannot be its own teacher"),
+        ("run:nobody", "nobody"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_named_before_training(
+    reference: str, message: str, trained: list[Any]
+) -> None:
+    dataset = data.load("digits")
+    with pytest.raises(MimbenchError, match=message):
+        runner._teacher(
+            *(reference, "dmae", dataset, 0, runner.choose_device("cpu"), progress.quiet()), "smoke", True
+        )
+    assert not trained
+
+
+def test_a_teacher_is_a_run_with_the_same_preset_data_and_seed_or_a_file(trained: list[Any]) -> None:
+    dataset = data.load("digits")
+    arguments = (dataset, 3, runner.choose_device("cpu"), progress.quiet())
+    reference = " ".join(("run:mae", *TINY))
+    first = runner._teacher(reference, "dmae", *arguments, "smoke", True)
+    assert trained == [("pretraining mae", 3)]
+    assert first.encoder.dim == 16
+    assert first.note.startswith(f"the teacher {reference} saw ")
+    again = runner._teacher(reference, "dmae", *arguments, "smoke", True)
+    assert again.key == first.key
+    assert len(trained) == 1
+    (folder,) = (paths.cache() / "pretrain" / "mae").iterdir()
+    file = runner._teacher(str(folder / "model.safetensors"), "dmae", *arguments, "smoke", True)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(file.encoder(images).patches, first.encoder(images).patches)

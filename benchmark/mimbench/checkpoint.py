@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mimbench.errors import CheckpointError, ResultsError
 
+STATE_DICTS = ("model", "state_dict", "teacher", "student", "ema")  # keys under which trainers keep one
 KEPT = 2  # so that one damaged by the disk leaves another
 _FOLDER = re.compile(r"step-(\d+)")
 
@@ -69,8 +70,8 @@ def load_json(file: Path) -> Any:
 def load_weights(file: Path) -> dict[str, Tensor]:
     """The state dict in a safetensors file, or in a file that ``torch.save`` made.
 
-    The latter may hold the state dict itself or under the key ``model``. Code in it is never run: a file
-    whose content needs any is refused. Raises CheckpointError.
+    The latter may hold the state dict itself or under one of the usual keys (``STATE_DICTS``). Code in it is
+    never run: a file whose content needs any is refused. Raises CheckpointError.
     """
     if file.suffix == ".safetensors":
         return load_tensors(file)
@@ -86,10 +87,14 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise _damaged(file, "it is no PyTorch checkpoint") from None
     except (RuntimeError, EOFError, OSError) as fault:
         raise _damaged(file, str(fault).partition(". ")[0] or "it is empty") from None
-    state = content.get("model", content) if isinstance(content, dict) else content
+    state = content
+    if isinstance(content, dict):
+        state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{file} holds no state dict at its top level or under 'model' (found: {keys})")
+        raise CheckpointError(
+            f"{file} holds no state dict at its top level or under {', '.join(STATE_DICTS)} (found: {keys})"
+        )
     return dict(state)
 
 

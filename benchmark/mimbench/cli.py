@@ -75,6 +75,12 @@ Budget = Annotated[
         help="Pretrain for 90s, 2m, 1.5h or 200000img (images seen) instead of the preset's epochs."
     ),
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        help="Score a published checkpoint of the method instead of pretraining: .safetensors, .pth."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -176,6 +182,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
         seeds: Seeds = 1,
         set_: Settings = [],  # noqa: B006
         budget: Budget = None,
+        weights: Weights = None,
         device: Device = "auto",
         force: Annotated[bool, typer.Option(help="Repeat what is recorded already.")] = False,
         as_json: AsJson = False,
@@ -192,6 +199,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
             preset=preset,
             seeds=tuple(range(seed, seed + seeds)),
             overrides=_overrides(set_, budget),
+            weights=weights,
             device=device,
             force=force,
             may_pretrain=may_pretrain,
@@ -549,6 +557,47 @@ def parity(
     else:
         _print_table(columns, rows)
     if any(row[-1] != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def weights(
+    file: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, or what torch.save made.")],
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Try these methods only; by default all.")
+    ] = None,
+    set_: Settings = [],  # noqa: B006
+    names: Annotated[bool, typer.Option("--names", help="Show every name in the file beside ours.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find out whose weights a file holds, and how its names become ours; exit 1 when no method fits."""
+    from mimbench import config, registry
+    from mimbench import weights as published
+
+    slugs = _names(method) if method else tuple(registry.methods())
+    found, others = published.recognise(file, slugs, config.parse_overrides(set_))
+    if as_json:
+        matches = [
+            {"method": m.slug, "config": config.to_dict(m.config), "whole": m.whole, "names": m.names}
+            for m in found
+        ]
+        _print_json({"matches": matches, "others": others})
+    else:
+        for match in found:
+            part = "all of the model" if match.whole else "the encoder"
+            inside = f", behind '{match.prefix}'" if match.prefix else ""
+            typer.echo(f"{match.slug}: {part}, {len(match.state)} tensors{inside}")
+            typer.echo(f"  {published.command(file, match)}")
+            pairs = [[theirs, ours] for ours, theirs in match.names.items()]
+            shown = pairs if names else pairs[:8]
+            _print_table(["in the file", "here"], shown)
+            if len(pairs) > len(shown):
+                typer.echo(f"... and {len(pairs) - len(shown)} more (--names shows all)")
+        if not found:
+            typer.echo(f"{file} fits no method. The nearest:")
+            for slug, reason in list(others.items())[:3]:
+                typer.echo(f"  {slug}: {reason}")
+    if not found:
         raise typer.Exit(1)
 
 

@@ -588,7 +588,7 @@ def _refresh_sources(connection: duckdb.DuckDBPyConnection) -> None:
             "papers",
             **{"slug": slug, "title": card.title, "family": card.family, "year": card.year or None},
             **texts,
-            baseline=card.family in registry.FAMILIES,
+            baseline=card.family == "baseline",
         )
     for row in reported.read_all():
         rows.add("reported", **row)

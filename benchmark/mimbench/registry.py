@@ -19,7 +19,7 @@ from typing import Any
 from mimbench import paths
 from mimbench.errors import ConfigError, UnknownName
 
-FAMILIES = ("baseline",)  # besides those of the catalogue of papers, which are free text
+FAMILIES = ("baseline", "published")  # besides those of the catalogue of papers, which are free text
 _SLUG = re.compile(r"[a-z][a-z0-9_]*")
 _KEYS: dict[str, type] = {  # of method.toml, besides its presets
     "title": str,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mimbench import checkpoint, config, data, database, paths, record, registry, seeds
+from mimbench import weights as published
 from mimbench.data import Dataset, Split
 from mimbench.encoder import Encoder
 from mimbench.environment import environment, git
@@ -38,13 +39,14 @@ DENSE_DEFAULT = "camvid"
 class Request:
     """What the user asked for, as the command line gives it."""
 
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # "slug", or "timm:NAME"
     protocols: tuple[str, ...] = ()  # "name" or "name:recipe"
     dataset: str = "digits"  # pretrained on, and evaluated on unless eval_dataset says otherwise
     eval_dataset: str | None = None
     preset: str | None = None  # none: the one that suits the data
     seeds: tuple[int, ...] = (0,)
     overrides: tuple[str, ...] = ()  # key=value of the method, or protocol.key=value
+    weights: Path | None = None  # a published checkpoint, instead of pretraining
     device: str = "auto"
     force: bool = False  # repeat what is recorded already
     may_pretrain: bool = True  # False: use what is pretrained, else fail
@@ -106,22 +108,18 @@ def run(request: Request, progress: Progress) -> Iterator[Outcome]:
     plan = _Plan(request)
     device = choose_device(request.device)
     dataset = data.load(request.dataset, progress)
-    settings = {slug: plan.method_settings(slug, dataset) for slug in request.methods}
+    settings = [plan.method_settings(method, dataset) for method in plan.methods]
     targets = _targets(plan, dataset, progress)
-    for slug in request.methods:
+    for method, config_ in zip(plan.methods, settings, strict=True):
         for seed in request.seeds:
             pretrained: Pretrained | None = None
             for protocol in plan.protocols:
-                job = _Job(
-                    request, plan, slug, seed, settings[slug], protocol, dataset, targets[protocol.name]
-                )
+                job = _Job(plan, method, seed, config_, protocol, dataset, targets[protocol.name])
                 if (known := job.recorded()) is not None and not request.force:
                     yield Outcome(known, job.file, repeated=False)
                     continue
                 if pretrained is None:
-                    pretrained = pretrain(
-                        slug, settings[slug], dataset, seed, device, progress, may_train=request.may_pretrain
-                    )
+                    pretrained = plan.pretrain(method, config_, dataset, seed, device, progress)
                 yield job.evaluate(pretrained, device, progress)
 
 
@@ -130,10 +128,10 @@ def pretrain_all(request: Request, progress: Progress) -> Iterator[Pretrained]:
     plan = _Plan(request)
     device = choose_device(request.device)
     dataset = data.load(request.dataset, progress)
-    settings = {slug: plan.method_settings(slug, dataset) for slug in request.methods}
-    for slug in request.methods:
+    settings = [plan.method_settings(method, dataset) for method in plan.methods]
+    for method, config_ in zip(plan.methods, settings, strict=True):
         for seed in request.seeds:
-            yield pretrain(slug, settings[slug], dataset, seed, device, progress)
+            yield plan.pretrain(method, config_, dataset, seed, device, progress)
 
 
 def pretrain(
@@ -144,25 +142,42 @@ def pretrain(
     device: torch.device,
     progress: Progress,
     *,
+    preset: str,
+    weights: Path | None = None,
     may_train: bool = True,
 ) -> Pretrained:
     """Trains a method, or loads what an earlier run trained with the same code, config, data and seed.
 
     An interrupted training goes on where it stopped. When another process trains the same, this one waits
-    for it.
+    for it. With ``weights`` nothing is trained. A teacher that is a run of this suite is trained first, with the
+    same preset, data and seed.
     """
     module = registry.load_method(slug)
     split = dataset.train
-    key = pretraining_key(slug, settings, split, seed)
-    folder = paths.cache() / "pretrain" / slug / key
     seeds.seed_everything(seed, "weights")
     model: nn.Module = module.Model(settings)
+    if weights is not None:
+        match = published.load(weights, slug, settings, model)
+        whole = "" if match.whole else ", the encoder alone"
+        progress.say(f"{slug} with the weights of {weights.name}{whole}")
+        key = pretraining_key(slug, settings, split, seed, published.digest(weights))
+        folder = paths.cache() / "pretrain" / slug / key
+        return _ready(Pretrained(slug, settings, model, None, split, History(), key, folder, seed), device)  # type: ignore[arg-type]
     for need in model.needs:  # type: ignore[union-attr]
         if need not in split.offers:
             raise ConfigError(
                 f"{slug} with these settings needs {need}, which '{dataset.name}' does not have",
                 "Choose other data with --dataset" + (": digit-scenes or camvid" if need == "frames" else ""),
             )
+    teacher = None
+    if reference := getattr(settings, "teacher", ""):
+        teacher = _teacher(reference, slug, dataset, seed, device, progress, preset, may_train)
+        model.load_teacher(teacher.encoder)  # type: ignore[operator]
+    origin = [teacher.key] if teacher else []
+    if file := getattr(settings, "tokenizer_weights", ""):
+        origin.append(published.digest(Path(file)))
+    key = pretraining_key(slug, settings, split, seed, *origin)
+    folder = paths.cache() / "pretrain" / slug / key
     if not may_train and not (folder / "history.json").is_file():
         raise ConfigError(
             f"{slug}, seed {seed}, has not been pretrained on '{dataset.name}' with these settings",
@@ -188,18 +203,109 @@ def pretrain(
             folder=folder,
             name=f"pretraining {slug}",
         )
-    model.to(device).eval()
-    encoder = model.encoder()  # type: ignore[operator]
-    return Pretrained(slug, settings, model, encoder, split, history, key, folder, seed)
+    if teacher is not None:
+        history.warnings.append(teacher.note)
+    return _ready(Pretrained(slug, settings, model, None, split, history, key, folder, seed), device)  # type: ignore[arg-type]
 
 
-def pretraining_key(slug: str, settings: Any, split: Split, seed: int) -> str:
-    """Names a pretraining by all that its weights depend on: code, config, data and seed."""
+def _ready(pretrained: Pretrained, device: torch.device) -> Pretrained:
+    """The same with its encoder, on the device and in evaluation mode."""
+    pretrained.model.to(device).eval()
+    pretrained.encoder = pretrained.model.encoder()  # type: ignore[operator]
+    return pretrained
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A frozen encoder that a method learns from."""
+
+    encoder: Encoder
+    key: str  # names its weights
+    note: str  # what a reader of the record should know
+
+
+def _teacher(
+    reference: str,
+    slug: str,
+    dataset: Dataset,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    preset: str,
+    may_train: bool,
+) -> _Teacher:
+    """The encoder that a ``teacher`` setting names.
+
+    ``run:SLUG KEY=VALUE ...`` is another method of this suite, with the same preset unless ``run:SLUG:PRESET``
+    names another; ``timm:NAME`` a published model; anything else the path of a checkpoint.
+    """
+    first, *settings = reference.split()
+    kind, _, rest = first.partition(":")
+    if kind == "run":
+        other, _, chosen = rest.partition(":")
+        if other == slug:
+            raise ConfigError(
+                f"{slug} cannot be its own teacher", "Choose another with --set teacher=run:mae"
+            )
+        table = config.merge(
+            registry.method(other).preset(chosen or preset), config.parse_overrides(settings)
+        )
+        chosen_settings = config.build(registry.load_method(other).Config, table)
+        trained = pretrain(
+            other,
+            fill_in(other, chosen_settings, dataset),
+            dataset,
+            seed,
+            device,
+            progress,
+            preset=chosen or preset,
+            may_train=may_train,
+        )
+        history = trained.history
+        cost = f"{history.images} images in {history.seconds:.0f} s, which are not counted here"
+        return _Teacher(trained.encoder, trained.key, f"the teacher {reference} saw {cost}")
+    if kind == "timm":
+        module = registry.load_method("timm")
+        encoder = module.Model(module.Config(name=rest)).encoder().to(device).eval()
+        return _Teacher(encoder, first, f"the teacher is {reference}, trained elsewhere")
+    file = Path(reference).expanduser()
+    if not file.is_file():
+        raise ConfigError(
+            f"there is no teacher '{reference}'",
+            "Write run:SLUG for a method of this suite, timm:NAME, or the path of a checkpoint",
+        )
+    found, _ = published.recognise(file, tuple(registry.methods()), {})
+    if not found:
+        raise ConfigError(
+            f"the teacher {file} fits no method of this suite", f"See 'mimbench weights {file}'"
+        )
+    match = found[0]
+    model = registry.load_method(match.slug).Model(match.config)
+    model.load_state_dict(match.state, strict=False)
+    note = f"the teacher is {file.name}, read as {match.slug}, trained elsewhere"
+    return _Teacher(model.to(device).eval().encoder(), published.digest(file), note)
+
+
+def fill_in(slug: str, settings: Any, dataset: Dataset) -> Any:
+    """The Config with what only the data can tell: the number of classes."""
+    if not hasattr(settings, "classes"):
+        return settings
+    count = len(dataset.train.classes)
+    if not count:
+        raise ConfigError(f"{slug} needs labels, which '{dataset.name}' does not have")
+    if settings.classes is not None and settings.classes < count:
+        raise ConfigError(f"classes = {settings.classes} are fewer than the {count} of '{dataset.name}'")
+    return dataclasses.replace(settings, classes=settings.classes or count)
+
+
+def pretraining_key(slug: str, settings: Any, split: Split, seed: int, *origin: str) -> str:
+    """Names weights by all that they depend on: code, config, data, seed, and the ``origin`` of a teacher's or
+    of their own."""
     table = config.to_dict(settings)
     table["recipe"].pop("checkpoint_minutes")
     loop = (paths.PACKAGE / name for name in ("encoder.py", "fit.py", "optim.py"))
     code = registry.code_hash(*loop, *registry.method_code(slug))
-    return config.digest(code, table, split.fingerprint, seed)
+    return config.digest(code, table, split.fingerprint, seed, *origin)
 
 
 @contextlib.contextmanager
@@ -218,6 +324,15 @@ def _only_one(folder: Path, what: str, progress: Progress) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class _Method:
+    """A method with the settings given for it."""
+
+    text: str  # as it was asked for: "mae", "timm:resnet50"
+    slug: str
+    overrides: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _Choice:
     """A protocol with the recipe and settings chosen for it."""
 
@@ -232,27 +347,40 @@ class _Plan:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        for slug in request.methods:
-            registry.method(slug)
+        if request.weights is not None and len(request.methods) > 1:
+            raise ConfigError(
+                "weights are of one method, but several were asked for", "Name one with --method"
+            )
         asked = config.parse_overrides(request.overrides)
         known = registry.protocols()
         self.protocol_overrides = {k: v for k, v in asked.items() if k in known}
         self.method_overrides = {k: v for k, v in asked.items() if k not in known}
+        self.methods = [self._method(text) for text in request.methods]
         self.protocols = [self._protocol(text) for text in request.protocols]
         asked_for = {choice.name for choice in self.protocols}
         for name in self.protocol_overrides:
             if request.protocols and name not in asked_for:
                 raise ConfigError(f"settings for '{name}' were given, but it is not among the protocols")
-        for slug in request.methods:
-            card = registry.method(slug)
+        for method in self.methods:
+            card = registry.method(method.slug)
             for choice in self.protocols:
                 if choice.name not in card.protocols:
                     raise ConfigError(
-                        f"{slug} does not support the protocol '{choice.name}'",
+                        f"{method.slug} does not support the protocol '{choice.name}'",
                         f"It supports {', '.join(card.protocols)}",
                     )
             if request.preset is not None:
-                self._build(slug, request.preset)
+                self._build(method, request.preset)
+
+    def _method(self, text: str) -> _Method:
+        slug, _, name = text.partition(":")
+        registry.method(slug)
+        if name and slug != "timm":
+            raise ConfigError(f"'{text}' has a name after the method", f"Write {slug}, or timm:NAME")
+        overrides = {**self.method_overrides, **({"name": name} if name else {})}
+        if slug == "timm" and self.request.weights is not None:
+            overrides["pretrained"] = False
+        return _Method(text, slug, overrides)
 
     def _protocol(self, text: str) -> _Choice:
         name, _, recipe = text.partition(":")
@@ -274,21 +402,30 @@ class _Plan:
     def preset(self, dataset: Dataset) -> str:
         return self.request.preset or dataset.default_preset
 
-    def _build(self, slug: str, preset: str) -> Any:
-        table = config.merge(registry.method(slug).preset(preset), self.method_overrides)
-        return config.build(registry.load_method(slug).Config, table)
+    def _build(self, method: _Method, preset: str) -> Any:
+        table = config.merge(registry.method(method.slug).preset(preset), method.overrides)
+        return config.build(registry.load_method(method.slug).Config, table)
 
-    def method_settings(self, slug: str, dataset: Dataset) -> Any:
-        """The method's Config; what only the data can tell (the number of classes) is filled in."""
-        settings = self._build(slug, self.preset(dataset))
-        if not hasattr(settings, "classes"):
-            return settings
-        count = len(dataset.train.classes)
-        if not count:
-            raise ConfigError(f"{slug} needs labels, which '{dataset.name}' does not have")
-        if settings.classes is not None and settings.classes < count:
-            raise ConfigError(f"classes = {settings.classes} are fewer than the {count} of '{dataset.name}'")
-        return dataclasses.replace(settings, classes=settings.classes or count)
+    def method_settings(self, method: _Method, dataset: Dataset) -> Any:
+        """The method's Config for this data."""
+        return fill_in(method.slug, self._build(method, self.preset(dataset)), dataset)
+
+    def pretrain(
+        self,
+        method: _Method,
+        settings: Any,
+        dataset: Dataset,
+        seed: int,
+        device: torch.device,
+        progress: Progress,
+    ) -> Pretrained:
+        """See ``pretrain``."""
+        return pretrain(
+            *(method.slug, settings, dataset, seed, device, progress),
+            preset=self.preset(dataset),
+            weights=self.request.weights,
+            may_train=self.request.may_pretrain,
+        )
 
 
 def _evaluation_data(request: Request, protocol: _Choice, dataset: Dataset) -> str:
@@ -322,9 +459,8 @@ def _targets(plan: _Plan, dataset: Dataset, progress: Progress) -> dict[str, Dat
 class _Job:
     """One protocol on one pretrained method."""
 
-    request: Request
     plan: _Plan
-    slug: str
+    method: _Method
     seed: int
     settings: Any
     protocol: _Choice
@@ -335,15 +471,29 @@ class _Job:
     def overrides(self) -> dict[str, Any]:
         """What --set changed for this run: settings of the method, and of this protocol under its name."""
         table = self.plan.protocol_overrides.get(self.protocol.name)
-        return {**self.plan.method_overrides, **({self.protocol.name: table} if table else {})}
+        weights = self.plan.request.weights
+        return {
+            **self.method.overrides,
+            **({"weights": published.digest(weights)[:12]} if weights else {}),
+            **({self.protocol.name: table} if table else {}),
+        }
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """What the weights were trained on: the name of the data, or of what was published, and its hash."""
+        if weights := self.plan.request.weights:
+            return weights.name, published.digest(weights)
+        if getattr(self.settings, "pretrained", False):
+            return "published weights", config.digest(self.method.text)
+        return self.dataset.name, self.dataset.train.fingerprint
 
     @property
     def id(self) -> str:
         return record.run_id(
-            method=self.slug,
+            method=self.method.slug,
             preset=self.plan.preset(self.dataset),
             overrides=self.overrides,
-            pretrain_dataset=self.dataset.name,
+            pretrain_dataset=self.origin[0],
             protocol=self.protocol.name,
             recipe=self.protocol.recipe,
             dataset=self.target.name,
@@ -352,14 +502,23 @@ class _Job:
 
     @property
     def file(self) -> Path:
-        return paths.results() / "runs" / self.slug / self.protocol.name / f"{self.id}.json"
+        return paths.results() / "runs" / self.method.slug / self.protocol.name / f"{self.id}.json"
 
     @property
     def command(self) -> str:
         """What repeats this run, and nothing else."""
-        request, name = self.request, self.protocol.name
-        words = ["mimbench", "run", "--method", self.slug, "--protocol", f"{name}:{self.protocol.recipe}"]
+        request, name = self.plan.request, self.protocol.name
+        words = [
+            "mimbench",
+            "run",
+            "--method",
+            self.method.text,
+            "--protocol",
+            f"{name}:{self.protocol.recipe}",
+        ]
         words += ["--dataset", request.dataset, "--preset", self.plan.preset(self.dataset)]
+        if request.weights:
+            words += ["--weights", str(request.weights)]
         if request.eval_dataset:
             words += ["--eval-dataset", request.eval_dataset]
         words += ["--seed", str(self.seed)]
@@ -379,7 +538,7 @@ class _Job:
             return None
         same = (
             earlier.data.fingerprint == self.target.fingerprint
-            and earlier.pretrain.data_fingerprint == self.dataset.train.fingerprint
+            and earlier.pretrain.data_fingerprint == self.origin[1]
             and earlier.config == config.to_dict(self.settings)  # a preset may have been edited
         )
         return earlier if same and record.stale(earlier) is None else None
@@ -389,7 +548,7 @@ class _Job:
         name = self.protocol.name
         # What a protocol trains goes on after an interruption, but not after a change of code or settings.
         work = config.digest(pretrained.key, self.id, record.protocol_code(name), self.protocol.settings)
-        folder = paths.cache() / "evaluate" / self.slug / work
+        folder = paths.cache() / "evaluate" / self.method.slug / work
         context = Context(
             device,
             self.seed,
@@ -400,7 +559,7 @@ class _Job:
         )
         encoder = copy.deepcopy(pretrained.encoder)
         encoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
-        progress.say(f"evaluating {self.slug} by {name}:{self.protocol.recipe} on {self.target.name}")
+        progress.say(f"evaluating {self.method.text} by {name}:{self.protocol.recipe} on {self.target.name}")
         began = time.perf_counter()
         result: Result = self.protocol.module.evaluate(
             encoder, Task(self.target.train, self.target.test), self.protocol.settings, context
@@ -419,10 +578,12 @@ class _Job:
 
     def _record(self, pretrained: Pretrained, encoder: Encoder, result: Result, context: Context) -> Record:
         history, choice, recipe = pretrained.history, self.protocol, pretrained.recipe
-        epochs = history.images / len(pretrained.split) if recipe.budget else recipe.epochs
+        epochs = (
+            recipe.epochs if history.planned and not recipe.budget else history.images / len(pretrained.split)
+        )
         return Record(
             command=self.command,
-            method=MethodUsed(self.slug, record.method_code(self.slug)),
+            method=MethodUsed(self.method.slug, record.method_code(self.method.slug)),
             protocol=ProtocolUsed(
                 choice.name,
                 registry.protocol(choice.name).version,
@@ -435,8 +596,8 @@ class _Job:
             overrides=self.overrides,
             seed=self.seed,
             pretrain=Pretraining(
-                dataset=self.dataset.name,
-                data_fingerprint=self.dataset.train.fingerprint,
+                dataset=self.origin[0],
+                data_fingerprint=self.origin[1],
                 key=pretrained.key,
                 images=history.images,
                 steps=history.steps,
@@ -484,7 +645,7 @@ def pretraining_step(
     It works on a copy, so that what is measured does not change what is evaluated. None for a method that
     is not trained.
     """
-    if not pretrained.recipe.epochs:
+    if not pretrained.recipe.epochs or not pretrained.history.planned:
         return None
 
     def prepare(batch_size: int) -> Callable[[], Tensor]:

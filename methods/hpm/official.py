@@ -38,12 +38,14 @@ def from_official(state_dict: dict[str, Tensor], config: Config) -> dict[str, Te
 
 def _ours(name: str) -> str:
     network, _, rest = name.partition(".")
+    if network not in NETWORKS:  # one network's state dict by itself
+        network, rest = "model", name
     if rest.startswith(ENCODER):
         rest = f"backbone.{rest}"
     for part in ("blocks", "norm", "pred"):
         rest = rest.replace(f"decoder_{part}_losspred.", f"loss_predictor.{part}.")
         rest = rest.replace(f"decoder_{part}.", f"reconstructor.{part}.")
-    return f"{NETWORKS.get(network, network)}.{rest}"
+    return f"{NETWORKS[network]}.{rest}"
 
 
 def replay(model: Model, arrays: dict[str, Tensor]) -> dict[str, Tensor]:

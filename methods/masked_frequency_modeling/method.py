@@ -62,7 +62,7 @@ class Config:
 
 def low_frequencies(size: int, radius: float) -> Tensor:
     """(size, size) bool, true in the open disc of ``radius`` around the zero frequency, which is at size // 2."""
-    step = torch.arange(size) - size // 2
+    step = torch.arange(size, device="cpu") - size // 2
     return (step[:, None] ** 2 + step**2) < radius**2
 
 

@@ -108,7 +108,7 @@ class RelativeViT(nn.Module):
         self.patch_embed = PatchEmbed(shape.patch_size, 3, shape.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
         self.rel_pos_bias = RelativePositionBias(self.grid, shape.heads)
-        rates = torch.linspace(0, drop_path, shape.depth).tolist()
+        rates = [drop_path * number / max(shape.depth - 1, 1) for number in range(shape.depth)]
         self.blocks = nn.ModuleList([Block(shape, layer_scale, rate) for rate in rates])
         self.norm: nn.Module = nn.LayerNorm(shape.width, eps=1e-6)
         self.initialise()

@@ -31,8 +31,8 @@ def hog(
             gx, gy = gx + offset[0, :, None, None], gy + offset[1, :, None, None]
         angle = torch.atan2(gx, gy) / math.pi * bins
         which = angle.floor() % bins  # opposite directions share a bin
-        number = torch.arange(bins, device=x.device)[:, None, None]
-        histogram = (which[:, :, None] == number) * torch.hypot(gx, gy)[:, :, None]
-        b, c, _, height, width = histogram.shape
-        cells = histogram.reshape(b, c, bins, height // cell, cell, width // cell, cell).sum((4, 6))
-        return F.normalize(cells, dim=2) if normalise else cells
+        magnitude = torch.hypot(gx, gy)[:, :, None]
+        spread = magnitude.new_zeros(*which.shape[:2], bins, *which.shape[2:])
+        spread.scatter_(2, which.long()[:, :, None], magnitude)
+        cells = F.avg_pool2d(spread.flatten(0, 1), cell).unflatten(0, which.shape[:2])
+        return F.normalize(cells, dim=2) if normalise else cells * cell**2
