@@ -29,10 +29,10 @@ from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import CheckpointError, ConfigError
 from mimbench.fit import History, Recipe, fit
 from mimbench.models.mae import DecoderShape, take
-from mimbench.models.vit import ViTShape
+from mimbench.models.vit import ViTEncoder, ViTShape
 from mimbench.models.vq import Tokenizer, TokenizerConfig, fit_tokenizer
 
-from .model import Decoder, Encoder, Readout, Regressor, positions
+from .model import Decoder, Encoder, Regressor, positions
 
 RECIPE = Recipe(
     epochs=800,  # their script for ViT-B; there are others for 300 and 1600 epochs
@@ -193,9 +193,9 @@ class Model(nn.Module):
         """The alignment encoder has no momentum: it is the encoder itself."""
         torch._foreach_copy_(list(self.alignment.parameters()), list(self.backbone.parameters()))
 
-    def encoder(self) -> Readout:
+    def encoder(self) -> ViTEncoder:
         """The ViT on full images."""
-        return Readout(self.backbone, self.input, self.config.pool)
+        return ViTEncoder(self.backbone, self.input, self.config.pool)
 
 
 def pretrain(

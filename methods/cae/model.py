@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from mimbench.errors import ConfigError
 from mimbench.models.beit import Block
-from mimbench.models.vit import MLP, ViT, ViTEncoder, ViTShape, attention, drop_path, sincos_positions
+from mimbench.models.vit import (
+    MLP,
+    ViT,
+    ViTShape,
+    attention,
+    drop_path,
+    sincos_positions,
+    spread_drop_path,
+)
 
 
 def positions(width: int, grid: tuple[int, int]) -> Tensor:
@@ -19,8 +25,9 @@ def positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 def blocks(make: type[nn.Module], shape: ViTShape, layer_scale: float, drop_path: float) -> nn.ModuleList:
     """``shape.depth`` blocks; their stochastic depth rises linearly from 0 to ``drop_path``."""
-    rates = torch.linspace(0, drop_path, shape.depth).tolist()
-    return nn.ModuleList([make(shape, layer_scale, rate) for rate in rates])
+    made = nn.ModuleList([make(shape, layer_scale) for _ in range(shape.depth)])
+    spread_drop_path(made, drop_path)
+    return made
 
 
 class Encoder(ViT):
@@ -30,20 +37,6 @@ class Encoder(ViT):
         super().__init__(image_size, shape)
         self.blocks = blocks(Block, shape, layer_scale, drop_path)
         self.pos_embed[0, 1:] = positions(shape.width, self.grid)
-
-
-class Readout(ViTEncoder):
-    """The encoder as protocols see it."""
-
-    def for_finetuning(self, drop_path: float = 0.0) -> Readout:
-        """A copy with a fresh norm behind the mean of the patch tokens in place of the one before it."""
-        vit = copy.deepcopy(self.vit)
-        vit.norm = nn.Identity()
-        rates = torch.linspace(0, drop_path, self.depth).tolist()
-        for block, rate in zip(vit.blocks, rates, strict=True):
-            assert isinstance(block, Block)
-            block.drop_path = rate
-        return Readout(vit, self.input, "finetune").requires_grad_(True)
 
 
 class CrossAttention(nn.Module):

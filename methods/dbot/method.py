@@ -31,7 +31,7 @@ from mimbench.models.mae import (
     standardise,
     visible_patches,
 )
-from mimbench.models.vit import Block, ViT, ViTEncoder, ViTShape
+from mimbench.models.vit import ViT, ViTEncoder, ViTShape, spread_drop_path
 
 RECIPE = Recipe(
     epochs=1600,  # two stages of 800
@@ -81,13 +81,6 @@ def networks(config: Config) -> tuple[ViT, Decoder]:
     return backbone, decoder
 
 
-def ramp_drop_path(blocks: nn.ModuleList, most: float) -> None:
-    """Stochastic depth that rises linearly from 0 at the first block to ``most`` at the last."""
-    for number, block in enumerate(blocks):
-        assert isinstance(block, Block)
-        block.drop_path = most * number / max(len(blocks) - 1, 1)
-
-
 class Model(nn.Module):
     """Student on visible patches, teacher on all; the loss is where the student did not see, and the class token."""
 
@@ -102,8 +95,8 @@ class Model(nn.Module):
         self.keep = visible_patches(self.backbone.tokens, config.mask_ratio)
         # The first teacher is the student as it starts, without its last blocks if it is to be shallower.
         self.teacher = copy.deepcopy(self.backbone).requires_grad_(False)
-        ramp_drop_path(self.backbone.blocks, config.drop_path)
-        ramp_drop_path(self.decoder.blocks, config.drop_path)
+        spread_drop_path(self.backbone.blocks, config.drop_path)
+        spread_drop_path(self.decoder.blocks, config.drop_path)
         self.register_buffer("stage", torch.tensor(0))
         self.note_stage(0)
         self.register_load_state_dict_post_hook(lambda model, _: model.note_stage(int(model.stage)))

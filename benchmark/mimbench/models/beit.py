@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimbench.encoder import Features, InputSpec
-from mimbench.models.vit import MLP, PatchEmbed, ViTShape, attention, drop_path
+from mimbench.models.vit import MLP, PatchEmbed, ViTShape, attention, drop_path, spread_drop_path
 
 
 def relative_index(rows: int, columns: int) -> Tensor:
@@ -108,8 +108,8 @@ class RelativeViT(nn.Module):
         self.patch_embed = PatchEmbed(shape.patch_size, 3, shape.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, shape.width))
         self.rel_pos_bias = RelativePositionBias(self.grid, shape.heads)
-        rates = [drop_path * number / max(shape.depth - 1, 1) for number in range(shape.depth)]
-        self.blocks = nn.ModuleList([Block(shape, layer_scale, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(shape, layer_scale) for _ in range(shape.depth)])
+        spread_drop_path(self.blocks, drop_path)
         self.norm: nn.Module = nn.LayerNorm(shape.width, eps=1e-6)
         self.initialise()
 
@@ -168,9 +168,7 @@ class RelativeViTEncoder(nn.Module):
         tuned.vit.norm = nn.Identity()
         tuned.fc_norm = nn.LayerNorm(self.dim, eps=1e-6)
         tuned.readout = "mean of patch tokens of the last block, then a fresh norm"
-        for number, block in enumerate(tuned.vit.blocks):
-            assert isinstance(block, Block)
-            block.drop_path = drop_path * number / max(self.depth - 1, 1)
+        spread_drop_path(tuned.vit.blocks, drop_path)
         return tuned.requires_grad_(True)
 
     def layer_of(self, parameter: str) -> int:

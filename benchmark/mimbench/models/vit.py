@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,12 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= rate
     return x * keep / (1 - rate)
+
+
+def spread_drop_path(blocks: Any, rate: float) -> None:
+    """Gives blocks stochastic depth that rises linearly from 0 at the first to ``rate`` at the last."""
+    for number, block in enumerate(blocks):
+        block.drop_path = rate * number / max(len(blocks) - 1, 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, drop: float = 0.0) -> Tensor:
@@ -325,9 +331,7 @@ class ViTEncoder(nn.Module):
         """
         tuned = ViTEncoder(copy.deepcopy(self.vit), self.input, "finetune")
         tuned.vit.norm = nn.Identity()
-        for number, block in enumerate(tuned.vit.blocks):
-            assert isinstance(block, Block)
-            block.drop_path = drop_path * number / max(self.depth - 1, 1)
+        spread_drop_path(tuned.vit.blocks, drop_path)
         return tuned.requires_grad_(True)
 
     def layer_of(self, parameter: str) -> int:
