@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimbench import parity, registry
+from mimbench import certificate, parity, registry
 from mimbench.errors import CheckpointError, DataError
 
 CASES = Path(os.environ.get("MIMBENCH_PARITY") or Path(__file__).parents[2] / "shared" / "parity")
@@ -89,3 +90,18 @@ def test_a_damaged_or_missing_case_is_named(case: Path, tmp_path: Path) -> None:
         parity.compare("mae", case)
     with pytest.raises(DataError, match="nothing"):
         parity.compare("mae", tmp_path / "nothing.npz")
+
+
+def test_what_was_found_is_kept_and_known_to_be_of_todays_code(case: Path, tmp_path: Path) -> None:
+    found = parity.certify("mae", case)
+    assert found.passed
+    assert found.worst < 1e-6
+    parity.write_certificate(found, tmp_path)
+    (kept,) = certificate.certificates(tmp_path)
+    assert kept == found
+    assert kept.fresh
+    assert not dataclasses.replace(kept, code="older").fresh
+    assert not dataclasses.replace(kept, method="gone").fresh
+    (tmp_path / "parity" / "mae.json").write_text("{")
+    with pytest.raises(DataError, match=r"mae\.json cannot be read"):
+        certificate.certificates(tmp_path)

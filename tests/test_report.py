@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from mimbench import database, record, registry, speed
+from mimbench import certificate, database, record, registry, speed
 from mimbench import report as rendering
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.task import Metric
@@ -580,6 +580,29 @@ def test_a_damaged_record_is_named_and_the_rest_rendered(suite: Any, tmp_path: P
     assert bad.name in index
     assert str(tmp_path) not in index
     assert "60.0" in index
+
+
+def test_parity_is_shown_beside_the_method_and_with_its_numbers(
+    suite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certificate, "code_of", lambda slug: "today")
+    rows = [certificate.Comparison("pred", 4.4e-7, 1e-5), certificate.Comparison("grad_norm", 1e-5, 1e-4)]
+    good = certificate.Certificate("alpha", "alpha", "today", "them/alpha", "abcdef1234", "2.13", rows)
+
+    def pages(*found: certificate.Certificate) -> tuple[str, str]:
+        source = rendering.Source([made()], certificates=list(found))
+        site = rendering.pages(source)
+        return site["index.html"].decode(), site["methods/alpha.html"].decode()
+
+    index, page = pages(good)
+    assert "equals the authors’ code to 4e-07</a>" in index
+    assert "them/alpha</bdi> abcdef1" in page
+    assert "4.4e-07" in page
+    changed, _ = pages(dataclasses.replace(good, code="older"))
+    assert "equals the authors’ code to 4e-07, before a change" in changed
+    wrong = dataclasses.replace(good, rows=[certificate.Comparison("pred", 0.1, 1e-5)])
+    assert "differs from the authors’ code" in pages(wrong)[0]
+    assert "authors’ code" not in pages()[0]
 
 
 def timed(name: str = "knn", **more: Any) -> speed.Comparison:

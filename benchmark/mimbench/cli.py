@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -538,19 +539,33 @@ def parity(
     cases: Annotated[
         Path | None, typer.Option(help="A folder of cases; those of present methods are run.")
     ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="All cases of the folder that MIMBENCH_PARITY names.")
+    ] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep what was found in results/parity, which the report shows.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Replay golden vectors from official code through ours; exit 1 when an output differs."""
     from mimbench import parity as lab
+    from mimbench import paths
 
+    if all_ and cases is None:
+        if not (named := os.environ.get("MIMBENCH_PARITY")):
+            raise ConfigError("--all needs a folder of cases", "Name it in MIMBENCH_PARITY, or with --cases")
+        cases = Path(named)
     if (case is None) == (cases is None):
-        raise ConfigError("parity needs either --case FILE.npz or --cases FOLDER")
+        raise ConfigError("parity needs one of --case FILE.npz, --cases FOLDER and --all")
     files = [case] if case else lab.cases_of(cases or Path(), method)
     rows: list[list[Any]] = []
     for file in files:
-        for found in lab.compare(method or lab.slug_of(file), file):
-            verdict = "ok" if found.passed else "DIFFERS"
-            rows.append([file.stem, found.name, f"{found.difference:.1e}", f"{found.tolerance:.1e}", verdict])
+        found = lab.certify(method or lab.slug_of(file), file)
+        if record:
+            lab.write_certificate(found, paths.results())
+        for row in found.rows:
+            verdict = "ok" if row.passed else "DIFFERS"
+            rows.append([file.stem, row.name, f"{row.difference:.1e}", f"{row.tolerance:.1e}", verdict])
     columns = ["case", "output", "relative difference", "allowed", ""]
     if as_json:
         _print_json([dict(zip(columns, row, strict=True)) for row in rows])

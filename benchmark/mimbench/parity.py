@@ -6,10 +6,10 @@ the official repository, the configuration, and how far float32 itself strays fr
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mimbench import registry
-from mimbench.checkpoint import load_strictly
+from mimbench.certificate import Certificate, Comparison, code_of
+from mimbench.checkpoint import load_strictly, save_json
 from mimbench.errors import CheckpointError, DataError
 
 OUTPUT_TOLERANCE = 1e-5  # largest difference over the largest magnitude of the official array
@@ -26,17 +27,25 @@ GRADIENT_TOLERANCE = 1e-4  # difference of a gradient's norm over the norm of al
 ROUNDING_FACTOR = 3  # where the case's own float32 strays further from float64, that much times this
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One array of a case: how far ours is from the official one, and how far it may be."""
+def certify(slug: str, file: Path) -> Certificate:
+    """Replays a case. Raises as ``compare`` does."""
+    info = _description(file)
+    return Certificate(
+        case=file.stem,
+        method=slug,
+        code=code_of(slug),
+        repository=str(info.get("official_repository", "")),
+        commit=str(info.get("official_commit", "")),
+        torch=torch.__version__,
+        rows=compare(slug, file),
+    )
 
-    name: str
-    difference: float
-    tolerance: float
 
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.tolerance
+def write_certificate(certificate: Certificate, results: Path) -> Path:
+    """Keeps a certificate under ``results/parity/``."""
+    file = results / "parity" / f"{certificate.case}.json"
+    save_json(file, dataclasses.asdict(certificate))
+    return file
 
 
 def read_case(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

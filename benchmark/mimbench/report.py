@@ -20,7 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import config, paths, registry, reported, speed
+from mimbench import certificate, config, paths, registry, reported, speed
+from mimbench.certificate import Certificate
 from mimbench.errors import DataError, MimbenchError, ResultsError
 from mimbench.record import Record, place, scan, setting, stale
 
@@ -47,6 +48,7 @@ class Source:
     papers: list[reported.Row] = field(default_factory=list)  # the reported numbers
     faults: list[str] = field(default_factory=list)  # one sentence for each file that could not be read
     comparisons: list[speed.Comparison] = field(default_factory=list)  # of speed
+    certificates: list[Certificate] = field(default_factory=list)  # of parity
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Row:
     more: int = 0  # further reported numbers under this protocol
     differences: list[str] = field(default_factory=list)
     gap: float | None = None
+    parity: dict[str, Any] | None = None  # see _parity
 
 
 @dataclass
@@ -707,6 +710,11 @@ def load(folder: Path) -> Source:
     records, damaged = scan(folder)
     comparisons, unread = speed.scan(folder)
     faults: list[MimbenchError] = [*damaged, *unread]
+    certificates: list[Certificate] = []
+    try:
+        certificates = certificate.certificates(folder)
+    except DataError as fault:
+        faults.append(fault)
     rows: list[reported.Row] = []
     for slug in registry.methods():
         try:
@@ -718,7 +726,7 @@ def load(folder: Path) -> Source:
     texts = [
         functools.reduce(lambda text, place: text.replace(place, ""), places, str(fault)) for fault in faults
     ]
-    return Source(records, rows, texts, comparisons)
+    return Source(records, rows, texts, comparisons, certificates)
 
 
 def pages(source: Source) -> dict[str, bytes]:
@@ -728,7 +736,11 @@ def pages(source: Source) -> dict[str, bytes]:
     for table in ranked:
         table.heats = heats_of(table)
     slugs = sorted({*registry.methods(), *(r.method.slug for r in source.records)})
-    methods = [_method(slug) for slug in slugs]
+    methods = [_method(slug, source.certificates) for slug in slugs]
+    proofs = {method["slug"]: method["parity"] for method in methods}
+    for table in ranked:
+        for row in table.rows:
+            row.parity = proofs[row.method]
     names = sorted({*registry.protocols(), *(r.protocol.name for r in source.records)})
     site = {
         "runs": len(source.records),
@@ -807,7 +819,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _method(slug: str) -> dict[str, Any]:
+def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
     """A method's identity for its page; a record may outlive the folder of its method."""
     href = f"methods/{page_name(slug)}.html"
     card = registry.methods().get(slug)
@@ -822,6 +834,7 @@ def _method(slug: str) -> dict[str, Any]:
         "deviations": (),
         "pictures": [],
         "files": {},
+        "parity": _parity([found for found in certificates if found.method == slug]),
         "command": f"mimbench run --method {slug} --protocol {protocol}",
     }
     if card is None:
@@ -845,6 +858,18 @@ def _method(slug: str) -> dict[str, Any]:
         "facts": facts,
         "summary": card.summary.strip(),
         "deviations": card.deviations,
+    }
+
+
+def _parity(certificates: Sequence[Certificate]) -> dict[str, Any] | None:
+    """How near a method's outputs are to its authors' code, over all its cases."""
+    if not certificates:
+        return None
+    return {
+        "passed": all(found.passed for found in certificates),
+        "fresh": all(found.fresh for found in certificates),
+        "worst": max(found.worst for found in certificates),
+        "cases": certificates,
     }
 
 
