@@ -156,14 +156,14 @@ def _readings(
 
 
 def _unwrapped(state: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The state dict, and what stands in it behind prefixes, in any order of them."""
+    """The state dict, and the same without a prefix that all of its names have, or several."""
     ahead = [("", state)]
     while ahead:
         prefix, part = ahead.pop(0)
         yield prefix, part
         for more in PREFIXES:
-            if inner := {k.removeprefix(more): v for k, v in part.items() if k.startswith(more)}:
-                ahead.append((prefix + more, inner))
+            if part and all(name.startswith(more) for name in part):
+                ahead.append((prefix + more, {k.removeprefix(more): v for k, v in part.items()}))
 
 
 def _encoder_names(model: nn.Module) -> set[str]:
