@@ -9,39 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import evaluate, parts
 from torch import Tensor
 
-from mimbench import config, data, progress, registry, seeds
+from mimbench import data, registry, seeds
 from mimbench.data import Split
 from mimbench.encoder import InputSpec
 from mimbench.errors import LabelLeak
 from mimbench.models.vit import ViT, ViTEncoder, ViTShape
-from mimbench.task import Context, Result, Task
+from mimbench.task import Task
 
-# Makes a protocol quick without leaving out any of its stages. One that is not named here runs as it is.
-SHRINK: dict[str, dict[str, Any]] = {
-    "finetune": {"least_steps": 2, "training": {"epochs": 1, "batch_size": 32}},
-    "knn": {"ks": [3, 10]},
-    "label_propagation": {"size": [16, 16]},
-    "linear": {"c_steps": 5, "training": {"epochs": 2, "batch_size": 32, "warmup_epochs": 1}},
-    "robustness": {
-        "corruptions": ["fog", "contrast"],
-        "severities": [1, 3],
-        "limit": 20,
-        "attack_limit": 10,
-        "pgd_steps": 2,
-        "epsilons": [2.0],
-    },
-    "segmentation": {
-        "grid": 4,
-        "pixels": 300,
-        "bank": 200,
-        "neighbours": [1, 5],
-        "head_width": 8,
-        "learning_rates": [1e-3, 1e-2],
-        "training": {"epochs": 1, "warmup_epochs": 0},
-    },
-}
 # What follows from test labels, so that other labels may change it; all else in details must not move.
 SCORES = {"accuracy", "iou", "j", "f"}
 NOTHING_FITTED = {"label_propagation"}  # needs no training data
@@ -115,20 +92,6 @@ class WatchedTask(Task):
         return super().unseal()
 
 
-def some(split: Split, count: int) -> Split:
-    """The first of every three images, so that scenes are not all of one sequence."""
-    return split.subset(torch.arange(count) * 3)
-
-
-def parts(protocol: str) -> tuple[Split, Split]:
-    """A little of the data that the protocol needs."""
-    if "masks" in registry.protocol(protocol).needs:
-        dataset = data.load("digit-scenes")
-        return some(dataset.train, 24), some(dataset.test, 8)
-    dataset = data.load("digits")
-    return some(dataset.train, 150), some(dataset.test, 60)
-
-
 def encoder() -> ViTEncoder:
     seeds.seed_everything("leak test")
     return ViTEncoder(
@@ -136,22 +99,12 @@ def encoder() -> ViTEncoder:
     ).eval()
 
 
-def evaluate(protocol: str, recipe: str, task: Task, folder: Path) -> Result:
-    module = registry.load_protocol(protocol)
-    known = {field.name for field in dataclasses.fields(module.Settings)}
-    table = config.merge(module.RECIPES[recipe], SHRINK.get(protocol, {}))
-    assert known.issuperset(table)
-    settings = config.build(module.Settings, table | {"recipe": recipe})
-    context = Context(torch.device("cpu"), 0, progress.quiet(), workdir=folder)
-    return module.evaluate(encoder(), task, settings, context)
-
-
 @pytest.mark.parametrize(("protocol", "recipe"), NEEDY)
 def test_test_labels_are_opened_once_after_the_last_look_at_training_data(
     protocol: str, recipe: str, tmp_path: Path
 ) -> None:
     task = WatchedTask(*parts(protocol))
-    evaluate(protocol, recipe, task, tmp_path)
+    evaluate(encoder(), protocol, recipe, task, tmp_path)
     assert task.events.count("unseal") == 1
     opened = task.events.index("unseal")
     before, after = set(task.events[:opened]), set(task.events[opened + 1 :])
@@ -180,8 +133,8 @@ def test_other_test_labels_change_the_score_and_nothing_else(
 ) -> None:
     train, test = parts(protocol)
     other, kept = with_other_truth(test)
-    first = evaluate(protocol, recipe, Task(train, test), tmp_path / "first")
-    second = evaluate(protocol, recipe, Task(train, other), tmp_path / "second")
+    first = evaluate(encoder(), protocol, recipe, Task(train, test), tmp_path / "first")
+    second = evaluate(encoder(), protocol, recipe, Task(train, other), tmp_path / "second")
     assert first.details.keys() == second.details.keys()
     choices = first.details.keys() - SCORES
     assert choices

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
+import math
 import re
 import tokenize
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small import evaluate, parts
 
 from mimbench import config, data, registry, seeds
 from mimbench.encoder import Encoder
+from mimbench.errors import ConfigError
 from mimbench.optim import make_optimizer
+from mimbench.task import Task
 
 SLUGS = list(registry.methods())
 TRAINED = [slug for slug in SLUGS if hasattr(registry.load_method(slug).Model, "views")]
@@ -105,6 +111,60 @@ def test_the_encoder_meets_the_contract(slug: str) -> None:
     torch.testing.assert_close(alone.pooled, found.pooled[:1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("protocol", list(registry.protocols()))
+@pytest.mark.parametrize("slug", SLUGS)
+def test_the_encoder_passes_the_protocols_that_its_card_names(
+    slug: str, protocol: str, tmp_path: Path
+) -> None:
+    if protocol not in registry.method(slug).protocols:
+        pytest.skip("the card does not name it")
+    encoder = smoke(slug).encoder().eval().requires_grad_(False)
+    recipe = next(iter(registry.load_protocol(protocol).RECIPES))
+    result = evaluate(encoder, protocol, recipe, Task(*parts(protocol)), tmp_path)
+    score = result.metrics[result.primary]
+    assert math.isfinite(score.value)
+    if score.low is not None:
+        assert score.low <= score.value <= score.high
+
+
+@pytest.mark.parametrize("slug", TRAINED)
+def test_memory_does_not_grow_over_fifty_steps(slug: str) -> None:
+    """Counted in bytes of tensors that are alive, which no allocator hides."""
+    model = smoke(slug).train()
+    optimizer = make_optimizer(model, model.config.recipe)
+    few = batch(model, 8)
+
+    def train(first: int, last: int) -> int:
+        for number in range(first, last):
+            with torch.no_grad():
+                few.progress = number / 50
+                if before_step := getattr(model, "before_step", None):
+                    before_step(few.progress)
+                views = model.views(few, seeds.generator("cpu", number))
+            loss = model(**views)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                if after_step := getattr(model, "after_step", None):
+                    after_step(few.progress)
+            assert torch.isfinite(loss)
+        del views, loss
+        gc.collect()
+        return sum(o.nbytes for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+
+    early = train(0, 3)
+    assert train(3, 50) <= early
+
+
+@pytest.mark.parametrize("slug", [slug for slug in TRAINED if slug not in ("simsiam", "supervised")])
+def test_an_image_that_patches_do_not_tile_is_refused_before_training(slug: str) -> None:
+    module = registry.load_method(slug)
+    settings = config.build(module.Config, registry.method(slug).preset("smoke"))
+    with pytest.raises(ConfigError, match=r"\b30\b"):
+        module.Model(dataclasses.replace(settings, image_size=30))
+
+
 @pytest.mark.parametrize("slug", SLUGS)
 def test_finetuning_works_on_a_copy_and_reaches_every_parameter(slug: str) -> None:
     encoder = smoke(slug).encoder()
@@ -131,7 +191,7 @@ def test_the_card_is_complete_and_its_presets_build(slug: str) -> None:
     assert set(card.protocols) <= set(registry.protocols())
     for name in card.presets:
         config.build(module.Config, card.preset(name))
-    if card.family != "baseline":
+    if card.family not in registry.FAMILIES:
         assert re.fullmatch(r"\d{4}\.\d{4,5}", card.arxiv)
         assert card.presets["paper"] == {}, "the defaults of Config are the paper's"
         assert (card.folder / "reported.csv").is_file()
