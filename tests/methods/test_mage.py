@@ -162,13 +162,13 @@ def test_the_tokenizer_stays_frozen_and_reads_plain_pixels() -> None:
 
 
 def test_two_trainings_then_one_from_the_tokenizer_that_the_first_left(tmp_path: Path) -> None:
-    short = {"epochs": 0.2, "warmup_epochs": 0}
-    split = data.load("digits").train
+    short = {"epochs": 2, "warmup_epochs": 0, "batch_size": 32}
+    split = data.load("digits").train.subset(torch.arange(64))
     options = {"seed": 0, "device": torch.device("cpu"), "progress": quiet()}
-    model = build(recipe=short, tokenizer={"recipe": {"epochs": 0.2}})
+    model = build(recipe=short, tokenizer={"recipe": {"epochs": 2, "batch_size": 32}})
     blank = {k: v.clone() for k, v in model.tokenizer.state_dict().items()}
     history = MODULE.pretrain(model, split, model.config.recipe, folder=tmp_path, **options)
-    assert history.images == 2 * 2 * 128
+    assert history.images == 2 * 2 * 64
     assert "tokenizer" in history.warnings[-1]
     learned = {k: v.clone() for k, v in model.tokenizer.state_dict().items()}
     assert not torch.equal(learned["encode.0.weight"], blank["encode.0.weight"])
@@ -177,7 +177,7 @@ def test_two_trainings_then_one_from_the_tokenizer_that_the_first_left(tmp_path:
     file = tmp_path / "tokenizer" / "model.safetensors"
     second = build(recipe=short, tokenizer_weights=str(file))
     history = MODULE.pretrain(second, split, second.config.recipe, folder=tmp_path / "second", **options)
-    assert history.images == 2 * 128
+    assert history.images == 2 * 64
     assert all(torch.equal(learned[k], v) for k, v in second.tokenizer.state_dict().items())
 
     # the same path now holds another tokenizer: what was trained on the first one's codes is not its

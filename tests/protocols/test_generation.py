@@ -98,7 +98,7 @@ class Painter(ViTEncoder):
 def evaluate(generate: Generate | None, tmp_path: Path, **changes: Any) -> Result:
     found = data.load("digits")
     train, test = found.train.subset(torch.arange(300)), found.test.subset(torch.arange(250))
-    settings = config.build(generation.Settings, {"size": 16} | changes, "generation")
+    settings = config.build(generation.Settings, {"size": 8} | changes, "generation")
     context = Context(CPU, 0, quiet(), tmp_path)
     return generation.evaluate(Painter(generate), Task(train, test), settings, context)
 
