@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from mimbench import data, fit, paths, progress, record, registry, runner
+from mimbench import checkpoint, config, data, fit, paths, progress, record, registry, runner, seeds
 from mimbench.errors import ConfigError, DataError, MimbenchError, UnknownName
+from mimbench.models import vq
 from mimbench.runner import Outcome, Request
 
 TINY = (
@@ -318,3 +319,22 @@ def test_a_teacher_is_a_run_with_the_same_preset_data_and_seed_or_a_file(trained
     file = runner._teacher(str(folder / "model.safetensors"), "dmae", *arguments, "smoke", True)
     images = torch.rand(2, 3, 16, 16)
     assert torch.equal(file.encoder(images).patches, first.encoder(images).patches)
+
+
+def test_a_tokenizer_under_the_same_name_is_another_run_when_its_content_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = data.load("digits")
+    module = registry.load_method("cae")
+    settings = config.build(module.Config, registry.method("cae").preset("smoke"))
+    file = tmp_path / "tokenizer.safetensors"
+    settings = dataclasses.replace(settings, tokenizer_weights=str(file))
+    monkeypatch.setattr(module, "pretrain", lambda *args, **kwargs: fit.History())
+    keys = []
+    for seed in (0, 1, 0):
+        seeds.seed_everything(seed)
+        tokenizer = vq.Tokenizer(settings.tokenizer, 32, 4, flip=False)
+        checkpoint.save_tensors(file, tokenizer.state_dict())
+        arguments = ("cae", settings, dataset, 0, runner.choose_device("cpu"), progress.quiet())
+        keys.append(runner.pretrain(*arguments, preset="smoke").key)
+    assert keys[0] == keys[2] != keys[1]

@@ -37,7 +37,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg")
 # Characters that are invisible or turn the text around them; pages show their codes instead.
 _UNSEEN = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 INVISIBLE = {code: f"\\u{code:04x}" for code in _UNSEEN}
-LOWER_IS_BETTER = re.compile(r"mce|error|loss|latency|memory|seconds|flops|parameters")
+LOWER_IS_BETTER = re.compile(r"distance|mce|error|loss|latency|memory|seconds|flops|parameters")
 
 
 @dataclass

@@ -13,8 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +21,14 @@ from torch.nn import functional as F
 
 from mimbench import augment
 from mimbench.augment.masks import block_masks
-from mimbench.checkpoint import load_strictly, load_weights
 from mimbench.config import check
-from mimbench.data import Batch, Split
+from mimbench.data import Batch
 from mimbench.encoder import InputSpec, normalise
-from mimbench.errors import CheckpointError, ConfigError
-from mimbench.fit import History, Recipe, fit
+from mimbench.errors import ConfigError
+from mimbench.fit import Recipe
 from mimbench.models.mae import DecoderShape, take
 from mimbench.models.vit import ViTEncoder, ViTShape
-from mimbench.models.vq import Tokenizer, TokenizerConfig, fit_tokenizer
+from mimbench.models.vq import Tokenised, Tokenizer, TokenizerConfig, fit_on_codes
 
 from .model import Decoder, Encoder, Regressor, positions
 
@@ -79,7 +77,7 @@ class Config:
         )
 
 
-class Model(nn.Module):
+class Model(Tokenised):
     """Encoder, regressor, decoder, and two frozen networks that make targets: the encoder's copy and the tokenizer.
 
     Raises ConfigError for a ratio that hides no patch or all of them, and CheckpointError for a tokenizer's file
@@ -87,6 +85,7 @@ class Model(nn.Module):
     """
 
     needs = ()
+    tokenizer: Tokenizer
     places: Tensor  # positions of all patches for regressor and decoder, (1, L, W)
 
     def __init__(self, config: Config) -> None:
@@ -111,10 +110,8 @@ class Model(nn.Module):
         self.register_buffer("places", positions(decoder.width, self.backbone.grid)[None])
         self.initialise()
         self.alignment = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.tokenizer = Tokenizer(config.tokenizer, config.image_size, shape.patch_size, config.flip)
-        self.tokenizer.requires_grad_(False).eval()
-        if config.tokenizer_weights:
-            self.load_tokenizer(Path(config.tokenizer_weights).expanduser())
+        tokenizer = Tokenizer(config.tokenizer, config.image_size, shape.patch_size, config.flip)
+        self.take_tokenizer(tokenizer, config.tokenizer_weights)
 
     def initialise(self) -> None:
         """Xavier-uniform matrices, zero biases; patch projection and tokens from a narrow normal (authors' code)."""
@@ -127,22 +124,6 @@ class Model(nn.Module):
         nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
         for parameter in (patches.weight, self.backbone.cls_token, self.regressor.mask_token):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.02, b=0.02)
-
-    def load_tokenizer(self, file: Path) -> None:
-        """Takes the tokenizer's weights from a file that an earlier run left in its folder ``tokenizer``."""
-        try:
-            load_strictly(self.tokenizer, load_weights(file), file)
-        except CheckpointError as fault:
-            raise CheckpointError(
-                f"tokenizer_weights: {fault.problem}",
-                "Name the weights of a tokenizer with this method's tokenizer, image and patch sizes",
-            ) from None
-
-    def train(self, mode: bool = True) -> Model:
-        """As of any module, but the tokenizer stays as it was trained: its statistics and codes do not move."""
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
 
     def views(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """One crop per image, the blocks to hide, and the codes of its patches, always in full precision."""
@@ -198,16 +179,4 @@ class Model(nn.Module):
         return ViTEncoder(self.backbone, self.input, self.config.pool)
 
 
-def pretrain(
-    model: Model, split: Split, recipe: Recipe, *, folder: Path | None = None, **options: Any
-) -> History:
-    """Trains a tokenizer, unless its weights were given, and then the model on its codes. See ``mimbench.fit.fit``.
-
-    The tokenizer is left in the folder ``tokenizer``, and what it cost counts.
-    """
-    if model.config.tokenizer_weights:
-        return fit(model, split, recipe, folder=folder, **options)
-    model.tokenizer.requires_grad_(True)
-    place = folder / "tokenizer" if folder else None
-    first = fit_tokenizer(model.tokenizer, split, folder=place, **options | {"name": "the tokenizer"})
-    return fit(model, split, recipe, folder=folder, **options).include(first, "the tokenizer")
+pretrain = fit_on_codes  # the tokenizer first

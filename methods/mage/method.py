@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mimbench import augment
-from mimbench.checkpoint import load_strictly, load_tensors
 from mimbench.config import check
-from mimbench.data import Batch, Split
+from mimbench.data import Batch
 from mimbench.encoder import InputSpec
-from mimbench.errors import CheckpointError, ConfigError
+from mimbench.errors import ConfigError
 from mimbench.features import frozen
-from mimbench.fit import History, Recipe, fit
+from mimbench.fit import Recipe
 from mimbench.models.mae import DecoderShape, initialise, take
 from mimbench.models.vit import ViTShape
-from mimbench.models.vq import Tokenizer, TokenizerConfig, fit_tokenizer
-from mimbench.progress import Progress
+from mimbench.models.vq import Tokenised, Tokenizer, TokenizerConfig, fit_on_codes
 
-from .model import Backbone, Decoder, TokenEncoder, Tokenised
+from .model import Backbone, Decoder, TokenEncoder
 
 RECIPE = Recipe(
     epochs=1600,
@@ -78,11 +74,6 @@ class Config:
         )
         if not self.mask_min <= self.mask_max:
             raise ConfigError(f"mask_min = {self.mask_min} is above mask_max = {self.mask_max}")
-        if self.tokenizer_weights and not Path(self.tokenizer_weights).is_file():
-            raise ConfigError(
-                f"tokenizer_weights = {self.tokenizer_weights} is no file",
-                "Leave it empty to train a tokenizer",
-            )
 
 
 class Model(Tokenised):
@@ -90,15 +81,14 @@ class Model(Tokenised):
 
     needs = ()
 
+    tokenizer: Tokenizer
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.input = InputSpec(config.image_size, (0.0,) * 3, (1.0,) * 3)  # the tokenizer reads plain pixels
-        self.tokenizer = Tokenizer(
-            config.tokenizer, config.image_size, config.backbone.patch_size, config.flip
-        )
-        self.tokenizer.requires_grad_(False).eval()
-        self.grid, codes = self.tokenizer.grid, config.tokenizer.codes
+        tokenizer = Tokenizer(config.tokenizer, config.image_size, config.backbone.patch_size, config.flip)
+        self.grid, codes = tokenizer.grid, config.tokenizer.codes
         self.length = self.grid[0] * self.grid[1]
         self.dropped = math.ceil(self.length * config.mask_min)
         if self.dropped == self.length:
@@ -109,9 +99,7 @@ class Model(Tokenised):
         self.backbone = Backbone(config.backbone, self.grid, codes, config.dropout)
         self.decoder = Decoder(config.decoder, self.backbone, codes, config.dropout)
         initialise(self)
-        if config.tokenizer_weights:
-            file = Path(config.tokenizer_weights)
-            load_strictly(self.tokenizer, load_tensors(file), file)
+        self.take_tokenizer(tokenizer, config.tokenizer_weights)
 
     def views(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """One crop per image in [0, 1], the noise that ranks its tokens, and the share of them to mask."""
@@ -140,7 +128,7 @@ class Model(Tokenised):
 
     def forward(self, images: Tensor, noise: Tensor, ratio: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) in [0, 1], noise (B, L) and masked shares (B,)."""
-        return self.complete(self.tokens(images), noise, ratio)
+        return self.complete(self.tokenizer.tokens(images), noise, ratio)
 
     def complete(self, tokens: Tensor, noise: Tensor, ratio: Tensor) -> dict[str, Tensor]:
         """Codes' numbers (B, L), noise (B, L) and masked shares (B,); each image's masked tokens share its loss."""
@@ -202,30 +190,4 @@ class Model(Tokenised):
         return TokenEncoder(self.tokenizer, self.backbone, self.input, self.generate)
 
 
-def pretrain(
-    model: Model,
-    split: Split,
-    recipe: Recipe,
-    *,
-    seed: int,
-    device: torch.device,
-    progress: Progress,
-    folder: Path | None = None,
-    name: str = "pretraining",
-) -> History:
-    """The tokenizer first, unless its weights were given; then, on its codes, the rest. Called as ``fit`` is."""
-    options: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
-    tokenizer, file = model.tokenizer, model.config.tokenizer_weights
-    if not file:
-        tokenizer.requires_grad_(True).train()
-        place = folder / "tokenizer" if folder else None
-        first = fit_tokenizer(tokenizer, split, **options, folder=place, name=f"{name}: tokenizer")
-        return fit(model, split, recipe, **options, folder=folder, name=name).include(first, "the tokenizer")
-    given = {key: value.clone() for key, value in tokenizer.state_dict().items()}
-    history = fit(model, split, recipe, **options, folder=folder, name=name)
-    if not all(torch.equal(given[key], value.cpu()) for key, value in tokenizer.state_dict().items()):
-        raise CheckpointError(
-            f"{folder} was trained on the codes of another tokenizer than {file} now holds",
-            "Bring the earlier file back, or delete this folder",
-        )
-    return history
+pretrain = fit_on_codes  # the tokenizer first

@@ -21,7 +21,7 @@ from mimbench.models.vit import (
     resize_positions,
     spread_drop_path,
 )
-from mimbench.models.vq import Tokenizer
+from mimbench.models.vq import Tokenised, Tokenizer
 
 SURROGATE_TEMPERATURE = 0.1  # of the soft choice of codes whose gradient stands for that of the hard one
 
@@ -106,25 +106,10 @@ class Decoder(nn.Module):
         return F.linear(x, words, self.bias)
 
 
-class Tokenised(nn.Module):
-    """What reads images through a frozen tokenizer, which stays in eval mode whatever else trains."""
-
-    tokenizer: Tokenizer
-    backbone: Backbone
-
-    def train(self, mode: bool = True) -> Tokenised:
-        super().train(mode)
-        self.tokenizer.eval()
-        return self
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """The codes' numbers (B, L) of images (B, 3, H, W) in [0, 1], always by arithmetic in float32."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.tokenizer.tokens(images.float())
-
-
 class TokenEncoder(Tokenised):
     """MAGE as protocols see it (``mimbench.encoder.Encoder``), with ``generate`` (see ``Model``) beside it."""
+
+    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -142,7 +127,7 @@ class TokenEncoder(Tokenised):
 
     def words(self, images: Tensor) -> Tensor:
         """Embedded codes (B, L, D). To attackers, who need a gradient, the choice of a code looks like a soft one."""
-        words = self.backbone.words(self.tokens(images))
+        words = self.backbone.words(self.tokenizer.tokens(images))
         if not images.requires_grad:
             return words
         z = F.normalize(self.tokenizer.encode(images).flatten(2).transpose(1, 2), dim=-1)

@@ -69,7 +69,7 @@ def replay(model: Model, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     outputs = model.complete(tokens, arrays["noise"], arrays["mask_rate"].expand(len(tokens)))
     with torch.no_grad():
         encoder = model.encoder().eval()
-        encoder.tokens = lambda images: tokens  # type: ignore[method-assign]
+        encoder.tokenizer.tokens = lambda images: tokens  # type: ignore[method-assign]
         found = encoder(arrays["images"])
         backbone = model.backbone
         everything = backbone(backbone.embed(backbone.words(tokens), model.grid))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mimbench import augment, seeds
+from mimbench.checkpoint import load_strictly, load_weights
 from mimbench.data import Batch, Split
-from mimbench.errors import ConfigError
+from mimbench.errors import CheckpointError, ConfigError
 from mimbench.fit import History, Recipe, fit
 from mimbench.progress import Progress
 
@@ -172,14 +174,65 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """The codes' numbers (B, L), raster order, of images (B, 3, H, W) in [0, 1]."""
-        return self.quantise.nearest(self.encode(images).permute(0, 2, 3, 1)).flatten(1)
+        """The codes' numbers (B, L), raster order, of images (B, 3, H, W) in [0, 1], always in float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantise.nearest(self.encode(images.float()).permute(0, 2, 3, 1)).flatten(1)
 
     @torch.no_grad()
     def images(self, tokens: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] from codes' numbers (B, L)."""
         codes = F.embedding(tokens, self.quantise.codebook).unflatten(1, self.grid)
         return self.decode(codes.permute(0, 3, 1, 2)).clamp(0, 1)
+
+
+class Tokenised(nn.Module):
+    """What reads images through a frozen tokenizer, which stays in eval mode whatever else trains."""
+
+    tokenizer: nn.Module
+
+    def take_tokenizer(self, tokenizer: nn.Module, weights: str = "") -> None:
+        """Freezes a tokenizer. ``weights`` names what an earlier run left as ``tokenizer/model.safetensors``.
+
+        Raises CheckpointError for weights that are not of this tokenizer.
+        """
+        self.tokenizer = tokenizer.requires_grad_(False).eval()
+        if not weights:
+            return
+        file = Path(weights).expanduser()
+        try:
+            load_strictly(tokenizer, load_weights(file), file)
+        except CheckpointError as fault:
+            raise CheckpointError(
+                f"tokenizer_weights: {fault.problem}",
+                "Name the weights of a tokenizer of this method, with the settings that it was trained with",
+            ) from None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for the tokenizer: its statistics and codes would move."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+
+def fit_on_codes(
+    model: Any,
+    split: Split,
+    recipe: Recipe,
+    *,
+    folder: Path | None = None,
+    name: str = "pretraining",
+    **how: Any,
+) -> History:
+    """Trains a model's tokenizer, unless its weights were given, and then the model; called as ``mimbench.fit.fit``.
+
+    The tokenizer stays in the folder ``tokenizer``, and what it cost counts.
+    """
+    if model.config.tokenizer_weights:
+        return fit(model, split, recipe, folder=folder, name=name, **how)
+    place = folder / "tokenizer" if folder else None
+    model.tokenizer.requires_grad_(True)
+    first = fit_tokenizer(model.tokenizer, split, folder=place, name=f"{name}: tokenizer", **how)
+    return fit(model, split, recipe, folder=folder, name=name, **how).include(first, "the tokenizer")
 
 
 def fit_tokenizer(
@@ -205,4 +258,9 @@ def fit_tokenizer(
         tokenizer, split, recipe, seed=seed, device=device, progress=progress, folder=folder, name=name
     )
     tokenizer.requires_grad_(False)
+    if history.curve:
+        used = history.curve[-1]["perplexity"]
+        history.warnings.append(
+            f"the tokenizer uses {used:.0f} of {tokenizer.config.codes} codes (perplexity)"
+        )
     return history
