@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimbench import certificate, parity, registry
+from mimbench import certificate, parity, registry, weights
 from mimbench.errors import CheckpointError, DataError
 
 CASES = Path(os.environ.get("MIMBENCH_PARITY") or Path(__file__).parents[2] / "shared" / "parity")
@@ -105,3 +105,33 @@ def test_what_was_found_is_kept_and_known_to_be_of_todays_code(case: Path, tmp_p
     (tmp_path / "parity" / "mae.json").write_text("{")
     with pytest.raises(DataError, match=r"mae\.json cannot be read"):
         certificate.certificates(tmp_path)
+
+
+@pytest.mark.skipif(not FOUND, reason="no golden vectors: set MIMBENCH_PARITY to a folder of cases")
+@pytest.mark.parametrize("case", FOUND, ids=lambda file: file.stem)
+def test_the_authors_state_dicts_load_however_they_are_wrapped(case: Path, tmp_path: Path) -> None:
+    info, arrays = parity.read_case(case)
+    slug = parity.slug_of(case)
+    official, module = registry.load_method(slug, "official"), registry.load_method(slug)
+    settings = official.config_from_official(info["config"])
+    state = {
+        f"module.{k.removeprefix('weights/')}": torch.from_numpy(np.array(v))
+        for k, v in arrays.items()
+        if k.startswith("weights/")
+    }
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "theirs.pth")
+    model = module.Model(settings)
+    if slug == "mage":  # its encoder reads the codes of a VQGAN, which is not ours
+        with pytest.raises(CheckpointError, match=r"lacks of the encoder tokenizer\."):
+            weights.load(tmp_path / "theirs.pth", slug, settings, model)
+        return
+    match = weights.load(tmp_path / "theirs.pth", slug, settings, model)
+    assert all(name.startswith("module.") for name in match.names.values())
+    assert match.names.keys() == match.state.keys()
+    for name, value in match.state.items():
+        assert torch.equal(model.state_dict()[name], value)
+    # without one tensor of the encoder it is refused
+    lost = next(match.names[n] for n in match.state if n in weights._encoder_names(model))
+    torch.save({key: value for key, value in state.items() if key != lost}, tmp_path / "less.pth")
+    with pytest.raises(CheckpointError, match="does not fit"):
+        weights.load(tmp_path / "less.pth", slug, settings, module.Model(settings))

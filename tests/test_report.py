@@ -605,6 +605,14 @@ def test_parity_is_shown_beside_the_method_and_with_its_numbers(
     assert "authors’ code" not in pages()[0]
 
 
+def test_weights_from_elsewhere_are_said_to_be(suite: Any) -> None:
+    pretrain = dataclasses.replace(
+        made().pretrain, dataset="mae.pth", images=0, steps=0, epochs=0, seconds=0.0
+    )
+    index = rendering.pages(rendering.Source([made(pretrain=pretrain, overrides={"weights": "0123"})]))
+    assert '<bdi>mae.pth</bdi><span class="small">trained elsewhere</span>' in index["index.html"].decode()
+
+
 def timed(name: str = "knn", **more: Any) -> speed.Comparison:
     """A comparison with a bar of each verdict; every text of it is ``name``."""
     fields: dict[str, Any] = {

@@ -67,6 +67,7 @@ class Row:
     seconds: float  # of pretraining, mean of the seeds
     how: str  # precision of pretraining and whether it was compiled
     pretrained: bool
+    published: bool  # weights that were trained elsewhere
     unit: str
     seeds: tuple[int, ...]
     mean: float
@@ -237,6 +238,7 @@ def _row(runs: list[Record]) -> Row:
         seconds=statistics.mean(run.pretrain.seconds for run in runs),
         how=how(runs),
         pretrained=trained,
+        published="weights" in first.overrides or first.pretrain.dataset == "published weights",
         unit=first.score.unit,
         seeds=tuple(run.seed for run in runs),
         mean=mean,
