@@ -42,7 +42,8 @@ class Quantiser(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Numbers of the nearest codes (...) of vectors (..., D)."""
-        return (F.normalize(z.float(), dim=-1) @ self.codebook.T).argmax(-1)
+        with torch.autocast(z.device.type, enabled=False):
+            return (F.normalize(z.float(), dim=-1) @ self.codebook.T).argmax(-1)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (..., D) as codes (..., D), straight-through, with their numbers (...) and the commitment loss.
@@ -250,7 +251,8 @@ def fit_tokenizer(
     count = min(len(split), max(256, -(-4 * tokenizer.config.codes // math.prod(tokenizer.grid))))
     generator = seeds.generator(device, seed, "codebook")
     with torch.no_grad():
-        batch = split.batch(torch.arange(count), device)
+        chosen = torch.randperm(len(split), generator=seeds.generator("cpu", seed, "codebook"))[:count]
+        batch = split.batch(chosen, device)
         z = tokenizer.encode(tokenizer.views(batch, generator)["images"])
     tokenizer.quantise.start_from(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
     recipe = tokenizer.config.recipe
