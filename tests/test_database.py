@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from test_record import make_record
 
-from mimbench import database, record, registry, reported, speed
+from mimbench import database, paths, record, registry, reported, speed
 from mimbench.errors import ResultsError
 from mimbench.record import MethodUsed, Record
 from mimbench.task import Metric
@@ -33,6 +33,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         registry, "protocols", lambda: {"knn": registry.ProtocolCard("knn", tmp_path / "knn.py", 1, "", ())}
     )
+    papers = tmp_path / "papers"
+    papers.mkdir()
+    (papers / "papers.csv").write_text(
+        "slug,title,arxiv,venue,year,family,code,licence\nmae,MAE,2111.06377,,2022,image-ssl,,\n"
+        "cutout,Cutout,1708.04552,,2017,image-supervised,them/cutout,ECL-2.0\n"
+    )
+    monkeypatch.setattr(paths, "papers", lambda: papers)
     monkeypatch.setattr(record, "method_code", lambda slug: "0123456789ab")
     monkeypatch.setattr(record, "protocol_code", lambda name: "ba9876543210")
     return tmp_path / "results"
@@ -63,10 +70,11 @@ def test_every_part_of_a_record_is_in_its_table(folder: Path) -> None:
         (2.0, "loss", 0.1 + 0.2),
     ]
     assert ask(folder, "SELECT torch, cores, cuda FROM environments") == [("2.13.0", 2, None)]
-    assert ask(folder, "SELECT slug, baseline FROM papers ORDER BY slug") == [
-        ("mae", False),
-        ("random_init", True),
-        ("simmim", False),
+    assert ask(folder, "SELECT slug, baseline, here, year, code FROM papers ORDER BY slug") == [
+        ("cutout", False, False, 2017, "them/cutout"),
+        ("mae", False, True, 2022, None),
+        ("random_init", True, True, 2022, None),
+        ("simmim", False, True, 2022, None),
     ]
 
 
@@ -523,5 +531,6 @@ def test_the_real_papers_and_their_numbers_load(tmp_path: Path) -> None:
     database.update(tmp_path)
     rows = ask(tmp_path, "SELECT count(*) FROM reported")
     assert rows == [(len(reported.read_all()),)]
-    assert ask(tmp_path, "SELECT count(*) FROM papers") == [(len(registry.methods()),)]
+    papers = {*registry.methods(), *(paper.slug for paper in reported.catalogue())}
+    assert ask(tmp_path, "SELECT count(*), count(DISTINCT slug) FROM papers") == [(len(papers), len(papers))]
     assert math.isclose(ask(tmp_path, "SELECT t FROM student WHERE df = 2")[0][0], 4.302652729911275)

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mimbench
-from mimbench import registry
+from mimbench import registry, reported
 
 TOP = Path(__file__).parents[1]
 PLACES = {  # folders of the clone and where the wheel has them
@@ -29,6 +29,7 @@ PLACES = {  # folders of the clone and where the wheel has them
     "protocols": "mimbench/protocols",
     "site/templates": "mimbench/templates",
     "site/static": "mimbench/static",
+    "results/reported": "mimbench/results/reported",
 }
 DISTRIBUTIONS = {"PIL": "pillow"}  # import names that are not the distribution's
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -80,7 +81,7 @@ def in_clone() -> set[str]:
         for file in (TOP / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("test_"):
                 found.add(f"{place}/{file.relative_to(TOP / folder).as_posix()}")
-    return found | {"mimbench/scaffold/test_method.py.txt"}
+    return found | {"mimbench/scaffold/test_method.py.txt", "mimbench/results/papers.csv"}
 
 
 def test_the_wheel_holds_every_file_and_one_top_level_name(wheel: Path) -> None:
@@ -104,6 +105,8 @@ def test_the_wheel_holds_every_file_and_one_top_level_name(wheel: Path) -> None:
         "scaffold/method.py.txt",
         "templates/index.html",
         "static/style.css",
+        "reported.toml",
+        "results/papers.csv",
     ],
 )
 def test_the_wheel_holds_what_is_not_code(wheel: Path, name: str) -> None:
@@ -115,7 +118,8 @@ def test_a_wheel_made_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) ->
     with tarfile.open(sdist) as packed:
         packed.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    assert {p.name for p in source.iterdir() if p.is_dir()} == {"benchmark", "methods", "protocols", "site"}
+    folders = {"benchmark", "methods", "protocols", "results", "site"}
+    assert {p.name for p in source.iterdir() if p.is_dir()} == folders
     assert names(build(source, "wheel", tmp_path / "again")) == names(wheel)
 
 
@@ -134,6 +138,12 @@ def test_the_wheel_lists_what_the_clone_lists(installed: Path, tmp_path: Path) -
     for kind, here in (("methods", registry.methods()), ("protocols", registry.protocols())):
         listed = python("-m", "mimbench", "list", kind, "--json", path=installed, cwd=tmp_path)
         assert set(json.loads(listed)) == set(here)
+
+
+def test_the_wheel_knows_the_papers_and_their_numbers(installed: Path, tmp_path: Path) -> None:
+    code = "from mimbench import reported as r; print(len(r.catalogue()), len(r.read_all()))"
+    here = f"{len(reported.catalogue())} {len(reported.read_all())}"
+    assert python("-c", code, path=installed, cwd=tmp_path).strip() == here
 
 
 def test_the_wheel_runs_records_here_and_reports(installed: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from mimbench import certificate, database, record, registry, speed
+from mimbench import certificate, database, paths, record, registry, speed
 from mimbench import report as rendering
+from mimbench import reported as reporting
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.task import Metric
 
@@ -63,6 +64,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     found = {card.slug: card for card in cards}
     monkeypatch.setattr(registry, "methods", lambda: found)
     monkeypatch.setattr(registry, "protocols", lambda: protocols)
+    monkeypatch.setattr(paths, "papers", lambda: tmp_path / "papers")
     for cached in (record.method_code, record.protocol_code):
         cached.cache_clear()
     yield found
@@ -481,6 +483,22 @@ def crawl(site: Path) -> dict[Path, Page]:
     return pages
 
 
+def catalogue(tmp_path: Path, suite: dict[str, registry.Card]) -> None:
+    """Three papers: one is here, one is planned and hostile, and of one no number is known."""
+    others, quoted = tmp_path / "papers" / "reported", HOSTILE.replace('"', "")
+    others.mkdir(parents=True)
+    (others.parent / "papers.csv").write_text(
+        "slug,title,arxiv,venue,year,family,code,licence\n"
+        "alpha,On alpha,2111.06377,CVPR 2022,2022,image-ssl,someone/alpha,MIT\n"
+        f'later,"{quoted}",1708.04552,"{quoted}",2017,"{quoted}",javascript:alert(1),"{quoted}"\n'
+        "silent,Silent,1708.04553,,2018,text,,\n"
+    )
+    (others / "later.csv").write_text(
+        f'{REPORTED_HEADER}later,"{quoted}",,,,linear,cifar-10,top1,71.25,%,"{quoted}",Table 3,verified\n'
+        'rival,,,,,linear,cifar-10,top1,64.0,%,elsewhere,"Table 9, row 2",secondary\n'
+    )
+
+
 @pytest.fixture
 def everything(suite: dict[str, registry.Card], tmp_path: Path) -> list[Record]:
     """Seeds, recipes, a stale run, baselines, heat maps, a method without a folder, and a hostile run."""
@@ -490,6 +508,7 @@ def everything(suite: dict[str, registry.Card], tmp_path: Path) -> list[Record]:
     )
     (suite["alpha"].folder / "masking.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (suite["alpha"].folder / "README.md").write_text("![Four digits <masked>](masking.svg)")
+    catalogue(tmp_path, suite)
     corruptions = {"accuracy": {"fog": [60.0, 50.0], "snow": [70.0, 40.0]}}
     hostile = made(
         HOSTILE,
@@ -518,8 +537,9 @@ def everything(suite: dict[str, registry.Card], tmp_path: Path) -> list[Record]:
 def test_every_link_leads_somewhere_and_hostile_text_stays_text(
     everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    papers = rendering.load(tmp_path / "results").papers
-    source = rendering.Source(everything, papers, [HOSTILE], [timed(HOSTILE)])
+    held = rendering.load(tmp_path / "results")
+    assert (len(held.catalogue), held.faults) == (3, [])
+    source = dataclasses.replace(held, records=everything, faults=[HOSTILE], comparisons=[timed(HOSTILE)])
     monkeypatch.setattr(rendering, "load", lambda folder: source)
     site = rendering.report(tmp_path, tmp_path / "site").parent
     pages = crawl(site)
@@ -549,7 +569,7 @@ def test_the_same_records_give_the_same_bytes_and_leave_files_alone(
     rendering.report(tmp_path / "results", site)
     assert before == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in site.rglob("*") if f.is_file()}
     source = rendering.load(tmp_path / "results")
-    backwards = rendering.Source(source.records[::-1], source.papers)
+    backwards = dataclasses.replace(source, records=source.records[::-1])
     assert rendering.pages(backwards) == rendering.pages(source)
 
 
@@ -693,6 +713,44 @@ def test_views_can_be_chosen_where_there_are_several(suite: Any, tmp_path: Path)
     assert "budget 200,000 images: 3.0 epochs, 150,000 images, 117 s" in text
 
 
+def test_every_paper_says_what_runs_what_is_planned_and_what_it_reports(suite: Any, tmp_path: Path) -> None:
+    catalogue(tmp_path, suite)
+    (suite["alpha"].folder / "reported.csv").write_text(
+        f"{REPORTED_HEADER}alpha,,,,,linear,cifar-10,top1,68.0,%,paper,Table 1,verified\n"
+    )
+    site = render(tmp_path, made(seed=0), made(seed=1))
+    pages = crawl(site)
+    listing = (site / "papers.html").read_text()
+    assert "data-sortable" in listing
+    alpha, later, silent = (
+        " ".join(" ".join(Page(f"<table><tr>{line}</table>").texts).split())
+        for line in listing.partition("<tbody>")[2].partition("</tbody>")[0].split("<tr>")[1:]
+    )
+    assert "runs today 2 runs recorded under 1 protocol 1 1 verified image-ssl 2022" in alpha
+    assert "planned, not here yet 2 1 verified" in later
+    assert "planned, not here yet none text 2018" in silent
+    words = " ".join(" ".join(Page(listing).texts).split())
+    assert "3 papers: 1 runs here today, 2 are planned and not here yet." in words
+    assert "3 reported numbers are held, 2 of them read" in words
+    assert 'href="methods/alpha.html#reported"' in listing
+    assert sorted(f.name for f in pages if f.parent.name == "papers") == ["later.html", "silent.html"]
+    numbers = " ".join(" ".join(pages[site / "papers" / "later.html"].texts).split())
+    for text in ("planned and not here yet", "71.25", "Table 3", "rival", "Table 9, row 2", "secondary"):
+        assert text in numbers, text
+    assert "No number of this paper" in (site / "papers" / "silent.html").read_text()
+
+
+def test_a_damaged_catalogue_is_named_and_the_rest_rendered(suite: Any, tmp_path: Path) -> None:
+    catalogue(tmp_path, suite)
+    file = tmp_path / "papers" / "papers.csv"
+    file.write_text(file.read_text() + "alpha,again\n")
+    site = render(tmp_path, made())
+    index = (site / "index.html").read_text()
+    assert "papers.csv, line 5" in index
+    assert str(tmp_path) not in index
+    assert "No catalogue of papers" in (site / "papers.html").read_text()
+
+
 def test_a_damaged_csv_is_named_and_the_rest_rendered(suite: Any, tmp_path: Path) -> None:
     (suite["alpha"].folder / "reported.csv").write_text("method,value\nalpha,1\n")
     index = (render(tmp_path, made()) / "index.html").read_text()
@@ -727,7 +785,12 @@ def test_a_folder_that_cannot_be_written_is_said(suite: Any, tmp_path: Path) -> 
 
 
 def test_the_clones_own_methods_and_protocols_render(tmp_path: Path) -> None:
-    crawl(rendering.report(tmp_path / "results", tmp_path / "site").parent)
+    site = rendering.report(tmp_path / "results", tmp_path / "site").parent
+    pages = crawl(site)
+    planned = [file for file in pages if file.parent.name == "papers"]
+    listed = [paper for paper in reporting.catalogue() if paper.slug not in registry.methods()]
+    assert len(planned) == len(listed) > 0
+    assert all(file.stat().st_size < 500_000 for file in pages)
 
 
 Maker = Callable[..., Record]

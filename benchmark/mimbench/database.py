@@ -24,7 +24,7 @@ from mimbench.record import MethodUsed, ProtocolUsed, Record
 if TYPE_CHECKING:
     import duckdb
 
-LAYOUT = 2  # raised with every change of a table or a view
+LAYOUT = 3  # raised with every change of a table or a view
 NAME = "mimbench.duckdb"
 PATIENCE = 30.0  # seconds to wait for another program that holds the lock or the database
 
@@ -72,7 +72,7 @@ TABLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("slug", "title", "family", "arxiv", "venue"), "VARCHAR"),
         "year": "BIGINT",
         **dict.fromkeys(("code", "licence", "summary"), "VARCHAR"),
-        "baseline": "BOOLEAN",
+        **dict.fromkeys(("baseline", "here"), "BOOLEAN"),  # here: runs today; else it is planned
     },
     "reported": {
         "slug": "VARCHAR",
@@ -414,6 +414,8 @@ def _sources() -> str:
     files = [
         *(f for f in paths.methods().glob("*/*") if f.suffix in (".py", ".toml", ".csv")),
         *paths.protocols().glob("*.py"),
+        *paths.papers().glob("papers.csv"),
+        *paths.papers().glob("reported/*.csv"),
     ]
     return config.digest(*((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(files)))
 
@@ -589,7 +591,12 @@ def _refresh_sources(connection: duckdb.DuckDBPyConnection) -> None:
             **{"slug": slug, "title": card.title, "family": card.family, "year": card.year or None},
             **texts,
             baseline=card.family == "baseline",
+            here=True,
         )
+    for paper in reported.catalogue():
+        if paper.slug not in registry.methods():
+            known = {name: value or None for name, value in vars(paper).items()}
+            rows.add("papers", **known, baseline=False, here=False)
     for row in reported.read_all():
         rows.add("reported", **row)
     connection.execute("DELETE FROM papers")

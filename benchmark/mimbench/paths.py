@@ -38,6 +38,11 @@ def static() -> Path:
     return top / "site" / "static" if top else PACKAGE / "static"
 
 
+def papers() -> Path:
+    """The folder that holds the catalogue of papers and the reported numbers of those without a method here."""
+    return (clone() or PACKAGE) / "results"
+
+
 def results() -> Path:
     """Records and database: ``MIMBENCH_RESULTS``, else the clone's ``results/``, else ``./results``."""
     if chosen := os.environ.get("MIMBENCH_RESULTS"):

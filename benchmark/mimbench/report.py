@@ -49,6 +49,7 @@ class Source:
     faults: list[str] = field(default_factory=list)  # one sentence for each file that could not be read
     comparisons: list[speed.Comparison] = field(default_factory=list)  # of speed
     certificates: list[Certificate] = field(default_factory=list)  # of parity
+    catalogue: list[reported.Paper] = field(default_factory=list)  # papers that are here or planned
 
 
 @dataclass
@@ -718,17 +719,22 @@ def load(folder: Path) -> Source:
     except DataError as fault:
         faults.append(fault)
     rows: list[reported.Row] = []
-    for slug in registry.methods():
+    for slug in reported.slugs():
         try:
             rows += reported.read(slug)
         except DataError as fault:
             faults.append(fault)
+    catalogue: list[reported.Paper] = []
+    try:
+        catalogue = reported.catalogue()
+    except DataError as fault:
+        faults.append(fault)
     # The site is published: paths begin at the results or at the methods, not at the user's folders.
-    places = (f"{folder}/", f"{paths.methods()}/")
+    places = (f"{folder}/", f"{paths.methods()}/", f"{paths.papers()}/")
     texts = [
         functools.reduce(lambda text, place: text.replace(place, ""), places, str(fault)) for fault in faults
     ]
-    return Source(records, rows, texts, comparisons, certificates)
+    return Source(records, rows, texts, comparisons, certificates, catalogue)
 
 
 def pages(source: Source) -> dict[str, bytes]:
@@ -768,6 +774,11 @@ def pages(source: Source) -> dict[str, bytes]:
         bar | {k: found[k] for k in ("title", "anchor", "device")} for found in timed for bar in found["bars"]
     ]
     add("speed.html", "speed.html", comparisons=timed, bars=bars)
+    papers = [_paper(paper, source) for paper in source.catalogue]
+    add("papers.html", "papers.html", papers=papers)
+    for paper in papers:
+        if not paper["here"]:
+            add(paper["href"], "paper.html", paper=paper)
     for section in sections:
         add(
             section["href"],
@@ -784,7 +795,7 @@ def pages(source: Source) -> dict[str, bytes]:
             "method.html",
             method=method,
             results=[run_view(run) for run in runs],
-            reported=[reported_view(r) for r in source.papers if r["slug"] == method["slug"]],
+            reported=_numbers(method["slug"], source),
             charts=charts(runs),
             commands=list(dict.fromkeys(run.command for run in runs)),
             files=[{"name": view["file"], "href": view["href"]} for view in map(run_view, runs)],
@@ -845,9 +856,7 @@ def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
     if card.arxiv:
         facts.append({"text": f"arXiv {card.arxiv}", "href": f"https://arxiv.org/abs/{card.arxiv}"})
     if card.code:
-        bare = re.fullmatch(r"[\w.-]+/[\w.-]+", card.code)
-        link = f"https://github.com/{card.code}" if bare else card.code
-        facts.append({"text": f"code: {card.code}", "href": link if re.match("https?://", link) else ""})
+        facts.append({"text": f"code: {card.code}", "href": _code_link(card.code)})
     readme = card.folder / "README.md"
     prose = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     for file in sorted(f for f in card.folder.iterdir() if f.suffix.lower() in PICTURES):
@@ -861,6 +870,33 @@ def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
         "summary": card.summary.strip(),
         "deviations": card.deviations,
     }
+
+
+def _paper(paper: reported.Paper, source: Source) -> dict[str, Any]:
+    """A paper of the catalogue: what is here of it, and what it reports."""
+    here = paper.slug in registry.methods()
+    runs = [run for run in source.records if run.method.slug == paper.slug]
+    numbers = _numbers(paper.slug, source)
+    return {
+        **vars(paper),
+        "here": here,
+        "href": f"{'methods' if here else 'papers'}/{page_name(paper.slug)}.html",
+        "runs": len(runs),
+        "protocols": len({run.protocol.name for run in runs}),
+        "numbers": numbers,
+        "verified": sum(row["confidence"] == "verified" for row in numbers),
+        "code_link": _code_link(paper.code),
+    }
+
+
+def _numbers(slug: str, source: Source) -> list[dict[str, Any]]:
+    return [reported_view(row) for row in source.papers if row["slug"] == slug]
+
+
+def _code_link(code: str) -> str:
+    """Where the authors' code is; empty for what is neither OWNER/NAME on GitHub nor an address."""
+    link = f"https://github.com/{code}" if re.fullmatch(r"[\w.-]+/[\w.-]+", code) else code
+    return link if re.match("https?://", link) else ""
 
 
 def _parity(certificates: Sequence[Certificate]) -> dict[str, Any] | None:
