@@ -726,7 +726,7 @@ def test_every_paper_says_what_runs_what_is_planned_and_what_it_reports(suite: A
         " ".join(" ".join(Page(f"<table><tr>{line}</table>").texts).split())
         for line in listing.partition("<tbody>")[2].partition("</tbody>")[0].split("<tr>")[1:]
     )
-    assert "runs today 2 runs recorded under 1 protocol 1 1 verified image-ssl 2022" in alpha
+    assert "runs today 2 runs, 1 protocol 1 1 verified image-ssl 2022" in alpha
     assert "planned, not here yet 2 1 verified" in later
     assert "planned, not here yet none text 2018" in silent
     words = " ".join(" ".join(Page(listing).texts).split())
