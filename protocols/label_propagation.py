@@ -4,16 +4,23 @@ The protocol of the space-time correspondence line (Jabri et al., 2020; videowal
 report. Nothing is trained. Each patch of a frame takes the labels of its most similar patches in the first frame
 and in a queue of the last ones: cosine similarity, only patches nearer than ``radius`` in the queue, the best
 ``topk``, softmax with a temperature. Labels are soft maps on the patch grid; resized bilinearly to the image's own
-size, their largest class is the prediction, and masks are scored at their own size.
+size, their largest class is the prediction, and masks are scored at their own size. Points (joints) are Gaussian
+heat maps on that grid, carried likewise; where a map is highest, there its point is predicted.
 
 ``clips``  for short sequences and small encoders: CamVid's drives at one frame a second, cut into clips of four
            frames, and digit-scenes. Chosen by us; no paper reports it.
 ``davis``  DAVIS-2017 as CropMAE's code evaluates it: J&F over the objects of the first frame.
 ``vip``    VIP likewise: mean IoU over the pixels of all frames, in which that code counts the given one too.
 
-In both of the latter the authors' queue starts full of copies of the first frame, which is ``fill``. Two things
-differ from their code: frames are resized bicubically (they: bilinearly, and DAVIS beforehand), and soft maps
-straight to the mask's size (they: over the input's). JHMDB is not here: its labels are points, not masks.
+``jhmdb``  JHMDB likewise: PCK@0.1 and @0.2, the share of joints predicted within that part of 0.6 times the diagonal
+           of the person's joints, in the mean over joints. Their code takes the mean of a map's five highest places,
+           and leaves out a joint where nothing of its map is left: one outside the first frame, or lost on the way.
+           ``details.followed`` says what share of the joints is counted.
+
+Whether there are masks or points is for the data to say, so every recipe runs on both. In the last three the
+authors' queue starts full of copies of the first frame, which is ``fill``. Two things differ from their code: frames
+are resized bicubically (they: bilinearly, and DAVIS beforehand), and soft maps straight to the mask's size (they:
+over the input's).
 
 Labels of the first frames are all that ``Task.clips`` shows of the test split before the predictions are final.
 Pixels of ``ignore_index`` give no label and count nowhere. Intervals resample clips; clips of one drive are
@@ -25,7 +32,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -42,7 +49,7 @@ from mimbench.features import frozen
 from mimbench.task import Context, Metric, Result, Task
 
 VERSION = 1
-NEEDS = ("masks", "frames")
+NEEDS = ("masks or points", "frames")
 RECIPES: dict[str, dict[str, Any]] = {
     "clips": {},
     "davis": {
@@ -53,7 +60,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         **{"clip": None, "long_side": 880, "short_step": 64, "queue": 20, "fill": True, "radius": 20.0},
         **{"topk": 10, "temperature": 0.7, "scored": "all", "primary": "miou"},
     },
+    "jhmdb": {
+        **{"clip": None, "size": [320, 320], "queue": 20, "fill": True, "radius": 20.0, "topk": 7},
+        "temperature": 0.7,
+    },
 }
+PCK = (0.1, 0.2)  # how far off a point may be, in sizes of the person; the first ranks
+PERSON = 0.6  # of the diagonal of the box around all points that are followed: the size of a person
 TOLERANCE = 0.008  # of the image's diagonal: how far boundaries may lie apart in DAVIS's F
 INFERENCE_BATCH = 16  # frames per forward; no score depends on it
 AFFINITIES = 4_000_000  # similarities held at once; no score depends on it
@@ -78,13 +91,18 @@ class Settings:
     temperature: float = 0.1  # a patch of cosine similarity s weighs exp(s / temperature)
     scored: Literal["after_first", "inner", "all"] = "after_first"  # frames; inner: nor the last, as in DAVIS
     semantic: bool = True  # a class means the same in every sequence, so there is a mean IoU over classes
-    primary: Literal["j_and_f", "miou"] = "j_and_f"  # the metric that ranks
+    primary: Literal["j_and_f", "miou"] = "j_and_f"  # the metric that ranks, where there are masks
+    sigma: float = 0.5  # in patches: the spread of a point's heat map, which is cut off at three of it
+    peaks: int = 5  # highest places of a heat map, whose weighted mean is the point; 1: its arg-max
 
     def __post_init__(self) -> None:
         config.check(
             self,
             "label_propagation",
-            positive=("grid", "size", "long_side", "short_step", "queue", "radius", "topk", "temperature"),
+            positive=(
+                *("grid", "size", "long_side", "short_step", "queue", "radius", "topk", "temperature"),
+                *("sigma", "peaks"),
+            ),
         )
         if self.clip is not None and self.clip < 2:
             raise ConfigError(
@@ -107,10 +125,12 @@ class LabelMap(NamedTuple):
 
 
 def evaluate(encoder: Encoder, task: Task, settings: Settings, context: Context) -> Result:
-    """J&F, and the mean IoU where classes have a meaning, with intervals that resample clips."""
+    """PCK of points; of masks J&F, and the mean IoU where classes have a meaning. Intervals resample clips."""
     clips = task.clips(settings.clip)
     if not clips:
         raise DataError(f"no sequence of '{task.name}' has two frames in its test split")
+    if "points" in task.train.offers:
+        return evaluate_points(encoder, task, clips, settings, context)
     void = task.test.ignore_index
     with context.stage("propagation"):
         found = [
@@ -125,7 +145,7 @@ def evaluate(encoder: Encoder, task: Task, settings: Settings, context: Context)
     with context.stage("scores"):
         truth = task.unseal()
         objects = [objects_of(mask.numpy(), task.classes, void) for _, mask in clips]
-        chosen = [scored(maps, settings.scored) for maps in found]
+        chosen = [maps[scored(len(maps), settings.scored)] for maps in found]
         regions = np.stack([region_scores(m, truth, o) for m, o in zip(chosen, objects, strict=True)])
         metrics = j_and_f(regions.sum(1), context.seed)
         if settings.semantic:
@@ -136,6 +156,33 @@ def evaluate(encoder: Encoder, task: Task, settings: Settings, context: Context)
                 j, f = regions.sum(0)[:, :2].T / regions.sum(0)[:, 2]
             details |= {"j": by_class(j, task.classes), "f": by_class(f, task.classes)}
     return Result(metrics, settings.primary, details)
+
+
+def evaluate_points(
+    encoder: Encoder, task: Task, clips: list[tuple[Tensor, Tensor]], settings: Settings, context: Context
+) -> Result:
+    """PCK of the points (J, 2) that the first frame of each clip comes with."""
+    with context.stage("propagation"):
+        found = [
+            predict_points(encoder, task.test, positions, points, settings, context)
+            for positions, points in context.progress.track(clips, "propagating", len(clips))
+        ]
+    digest = hashlib.sha256(b"".join(points.tobytes() for points in found))
+    details: dict[str, Any] = {"clips": len(clips), "predictions_sha256": digest.hexdigest()[:16]}
+
+    with context.stage("scores"):
+        truth = task.unseal()
+        hits = np.stack(
+            [
+                point_scores(points[frames], truth.points(positions[frames]).numpy())
+                for points, (positions, _) in zip(found, clips, strict=True)
+                for frames in [scored(len(points), settings.scored)]
+            ]
+        )
+        metrics = pck(hits[..., 1:], context.seed)
+        details["followed"] = 100 * float(hits[..., 1].sum() / hits[..., 0].sum())
+        details["pck"] = by_class(joint_shares(hits.sum(0)[:, 1:])[:, 0], task.classes)
+    return Result(metrics, f"pck_{PCK[0]}", details)
 
 
 # Propagation
@@ -194,6 +241,30 @@ def soft_labels(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     return F.interpolate(hot[None], size=grid, mode="bilinear", align_corners=False)[0].flatten(1).T
 
 
+def heat_maps(points: Tensor, grid: tuple[int, int], size: tuple[int, int], sigma: float) -> Tensor:
+    """A Gaussian around each point (J, 2) of an image of a ``size``, on the grid: (P, J).
+
+    As in the authors' code, which draws patches of its own around a patch: the window begins at the point less
+    3 sigma, rounded towards zero, and the centre is ``(6 sigma + 1) // 2`` from there.
+    """
+    sides = []
+    for axis, cells, pixels in ((1, grid[0], size[0]), (0, grid[1], size[1])):
+        place = points[:, axis, None] * cells / pixels
+        begin, end = (place - 3 * sigma).trunc(), (place + 3 * sigma + 1).trunc()
+        at = torch.arange(cells)
+        apart = at - begin - (6 * sigma + 1) // 2
+        sides.append((-(apart**2) / (2 * sigma**2)).exp() * ((at >= begin) & (at < end)))
+    return (sides[0][:, :, None] * sides[1][:, None]).flatten(1).T.float()
+
+
+def highest(maps: Tensor, grid: tuple[int, int], size: tuple[int, int], peaks: int) -> Tensor:
+    """The point in pixels that each heat map (P, J) shows: (J, 2), NaN where the map is zero everywhere."""
+    values, where = maps.topk(min(peaks, len(maps)), dim=0)
+    weights = values / values.sum(0)
+    x, y = (where % grid[1] * weights).sum(0), (where // grid[1] * weights).sum(0)
+    return torch.stack([x / grid[1] * size[1], y / grid[0] * size[0]], dim=1)
+
+
 def predict(
     encoder: Encoder,
     split: Split,
@@ -204,26 +275,59 @@ def predict(
     context: Context,
 ) -> list[LabelMap]:
     """The label map of each frame of a clip (T,) whose first frame has the ``mask`` (H, W)."""
+
+    def begin(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        return soft_labels(mask[: size[0], : size[1]].to(context.device), grid, classes)
+
     maps: list[LabelMap] = []
+    frames = carried(encoder, split, positions, begin, settings, context)
+    for position, (labels, grid, size) in zip(positions.tolist(), frames, strict=True):
+        scores = labels.T.view(1, classes, *grid)
+        full = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+        maps.append(LabelMap(position, zlib.compress(full.to(torch.uint8).cpu().numpy().tobytes(), 1), size))
+    return maps
+
+
+def predict_points(
+    encoder: Encoder, split: Split, positions: Tensor, points: Tensor, settings: Settings, context: Context
+) -> np.ndarray:
+    """(T, J, 2) float64 points of each frame of a clip (T,) whose first frame has these (J, 2); NaN where lost."""
+
+    def begin(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        return heat_maps(points, grid, size, settings.sigma).to(context.device)
+
+    frames = carried(encoder, split, positions, begin, settings, context)
+    found = [highest(maps, grid, size, settings.peaks) for maps, grid, size in frames]
+    return torch.stack(found).double().cpu().numpy()
+
+
+def carried(
+    encoder: Encoder,
+    split: Split,
+    positions: Tensor,
+    begin: Callable[[tuple[int, int], tuple[int, int]], Tensor],
+    settings: Settings,
+    context: Context,
+) -> Iterator[tuple[Tensor, tuple[int, int], tuple[int, int]]]:
+    """Soft labels (P, K) of each frame of a clip (T,), with its grid (h, w) and the size (H, W) of the image.
+
+    ``begin`` gives those of the first frame for a grid and a size.
+    """
     queue: deque[tuple[Tensor, Tensor]] = deque(
         maxlen=settings.queue
     )  # features and labels of the last frames
     first: tuple[Tensor, Tensor] | None = None
     frames = unit_patches(encoder, split, positions, settings, context)
-    for position, (features, grid, size) in zip(positions.tolist(), frames, strict=True):
+    for features, grid, size in frames:
         if first is None:
-            given = mask[: size[0], : size[1]].to(context.device)
-            labels = soft_labels(given, grid, classes)
+            labels = begin(grid, size)
             first = (features, labels)
             copies = settings.queue if settings.fill else 1
             queue.extend([first] * copies)
         else:
             labels = propagate(features, first, list(queue), grid, settings)
             queue.append((features, labels))
-        scores = labels.T.view(1, classes, *grid)
-        full = F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0].argmax(0)
-        maps.append(LabelMap(position, zlib.compress(full.to(torch.uint8).cpu().numpy().tobytes(), 1), size))
-    return maps
+        yield labels, grid, size
 
 
 def propagate(
@@ -262,11 +366,11 @@ def propagate(
 # Scores
 
 
-def scored(maps: list[LabelMap], which: str) -> list[LabelMap]:
-    """The frames of a clip that count; of a clip of two frames the second always does."""
+def scored(frames: int, which: str) -> slice:
+    """Which frames of a clip count; of a clip of two the second always does."""
     if which == "all":
-        return maps
-    return maps[1:-1] if which == "inner" and len(maps) > 2 else maps[1:]
+        return slice(0, None)
+    return slice(1, -1 if which == "inner" and frames > 2 else None)
 
 
 def objects_of(mask: np.ndarray, classes: tuple[str, ...], void: int | None) -> list[int]:
@@ -357,6 +461,40 @@ def areas_of(maps: list[LabelMap], split: Split, classes: int) -> np.ndarray:
         truth = torch.from_numpy(truth_of(split, label_map))[None]
         total += iou.areas(iou.confusion(prediction, truth, classes, split.ignore_index))[0].numpy()
     return total
+
+
+def point_scores(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """For each of the points (T, J, 2) its frames, those where it is followed, and hits by ``PCK``: (J, 2 + 2)."""
+    followed = ~np.isnan(predicted[..., 0])
+    seen = followed[..., None]
+    box = np.where(seen, truth, -np.inf).max(1) - np.where(seen, truth, np.inf).min(1)
+    person = PERSON * np.linalg.norm(box, axis=1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a single point has no size, and is missed
+        off = np.linalg.norm(predicted - truth, axis=2) / person
+    return np.stack([np.ones_like(followed), followed, *(off <= share for share in PCK)], axis=2).sum(0)
+
+
+def joint_shares(hits: np.ndarray) -> np.ndarray:
+    """What point_scores (..., J, 1 + 2), summed over clips, say without the first: (..., J, 2), NaN if never seen."""
+    with np.errstate(invalid="ignore"):
+        return hits[..., 1:] / hits[..., :1]
+
+
+def pck(per_clip: np.ndarray, seed: int) -> dict[str, Metric]:
+    """PCK in percent, in the mean over points, from each clip's frames and hits of each point (N, J, 1 + 2)."""
+    if not per_clip[..., 0].any():
+        raise DataError("no first frame of the test split shows a point, so there is nothing to follow")
+    found = {}
+    for number, share in enumerate(PCK):
+
+        def percent(sums: np.ndarray, number: int = number) -> np.ndarray:
+            shares = joint_shares(sums)[..., number]
+            with np.errstate(invalid="ignore"):  # a resample may show no point
+                return 100 * np.nansum(shares, axis=-1) / (~np.isnan(shares)).sum(-1)
+
+        low, high = stats.bootstrap(per_clip, percent, seed=seed)
+        found[f"pck_{share}"] = Metric(float(percent(per_clip.sum(0))), low, high, len(per_clip))
+    return found
 
 
 def by_class(values: np.ndarray, classes: tuple[str, ...]) -> dict[str, float | None]:

@@ -54,7 +54,7 @@ def some(split: Split, count: int) -> Split:
 
 def parts(protocol: str) -> tuple[Split, Split]:
     """(train, test): a little of the data that the protocol needs."""
-    if "masks" in registry.protocol(protocol).needs:
+    if any("masks" in need for need in registry.protocol(protocol).needs):
         dataset = data.load("digit-scenes")
         return some(dataset.train, 24), some(dataset.test, 8)
     dataset = data.load("digits")

@@ -432,9 +432,14 @@ def _evaluation_data(request: Request, protocol: _Choice, dataset: Dataset) -> s
     """Where a protocol is evaluated: what was asked for, the pretraining data, or scenes with masks."""
     if request.eval_dataset:
         return request.eval_dataset
-    if "masks" in protocol.module.NEEDS and "masks" not in dataset.train.offers:
+    if any("masks" in need and not _offers(dataset.train, need) for need in protocol.module.NEEDS):
         return DENSE.get(dataset.name, DENSE_DEFAULT)
     return dataset.name
+
+
+def _offers(split: Split, need: str) -> bool:
+    """Whether a split has what a protocol needs, or one of several: ``"masks or points"``."""
+    return any(kind in split.offers for kind in need.split(" or "))
 
 
 def _targets(plan: _Plan, dataset: Dataset, progress: Progress) -> dict[str, Dataset]:
@@ -447,7 +452,7 @@ def _targets(plan: _Plan, dataset: Dataset, progress: Progress) -> dict[str, Dat
             loaded[place] = data.load(place, progress)
         found[protocol.name] = target = loaded[place]
         for need in protocol.module.NEEDS:
-            if need not in target.train.offers or need not in target.test.offers:
+            if not _offers(target.train, need) or not _offers(target.test, need):
                 raise ConfigError(
                     f"{protocol.name} needs {need}, which '{target.name}' does not have",
                     "Choose other data with --eval-dataset",

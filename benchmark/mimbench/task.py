@@ -3,7 +3,8 @@
 A protocol is a file in ``protocols/`` with::
 
     VERSION = 1                      # raised whenever its numbers may change
-    NEEDS = ("labels",)              # what the data must offer: labels, masks, frames
+    NEEDS = ("labels",)              # what the data must offer: labels, masks, points, frames, or
+                                     # one of several, as in "masks or points"
     RECIPES = {"cached": {...}, ...} # named settings; the first is the default
 
     @dataclass(frozen=True)
@@ -12,8 +13,8 @@ A protocol is a file in ``protocols/`` with::
     def evaluate(encoder, task, settings, context) -> Result
 
 Test labels are sealed until the protocol calls ``task.unseal()``, which also takes the training split
-away: after it nothing can be chosen any more. What label propagation is given, the masks of first
-frames, comes from ``task.clips()``.
+away: after it nothing can be chosen any more. What label propagation is given, the masks or
+points of first frames, comes from ``task.clips()``.
 """
 
 from __future__ import annotations
@@ -80,13 +81,15 @@ class Task:
     def clips(self, length: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """The test split as clips of ``length`` frames, or whole sequences, for label propagation.
 
-        Each is its positions in ``test`` in order of time, and the mask (H, W) of its first frame. All other
-        labels stay sealed; so this is allowed once, as another length would show other frames.
+        Each is its positions in ``test`` in order of time, and of its first frame the points (J, 2) where the
+        data have some, else the mask (H, W). All other labels stay sealed; so this is allowed once, as another
+        length would show other frames.
         """
         if self._clips_given or (length is not None and length < 2):
             raise LabelLeak("labels of more than the first frame of each clip were asked for")
         self._clips_given = True
-        return [(clip, self._test.masks(clip[:1])[0]) for clip in self._test.clips(length)]
+        labels = self._test.masks if self._test.all_points is None else self._test.points
+        return [(clip, labels(clip[:1])[0]) for clip in self._test.clips(length)]
 
     def unseal(self) -> Split:
         """The test split with its labels. Allowed once, when everything has been chosen and fitted."""

@@ -1,4 +1,4 @@
-"""Label propagation: J and F by hand, each step against a plain loop, and nothing seen but first frames."""
+"""Label propagation: J, F and PCK by hand, each step against a plain loop, nothing seen but first frames."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 import torch
 from PIL import Image
 from skimage.morphology import dilation, disk
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mimbench import config, data, registry
+from mimbench import config, data, registry, runner
 from mimbench.data import InMemory, Split
 from mimbench.encoder import Features, InputSpec
 from mimbench.errors import ConfigError, DataError, LabelLeak, MimbenchError
@@ -89,9 +90,9 @@ def settings(recipe: str = "clips", **changes: Any) -> Any:
     return config.build(propagation.Settings, table | {"recipe": recipe})
 
 
-def evaluate(encoder: nn.Module, test: Split, folder: Path, **changes: Any) -> Result:
+def evaluate(encoder: nn.Module, test: Split, folder: Path, recipe: str = "clips", **changes: Any) -> Result:
     context = Context(torch.device("cpu"), 0, quiet(), folder / "work")
-    return propagation.evaluate(encoder, Task(test, test), settings(**changes), context)
+    return propagation.evaluate(encoder, Task(test, test), settings(recipe, **changes), context)
 
 
 def vit() -> ViTEncoder:
@@ -171,6 +172,121 @@ def test_objects_are_weighed_alike_and_void_counts_nowhere() -> None:
     assert metrics["f_mean"].value == pytest.approx(40)
     assert metrics["j_and_f"].value == pytest.approx(60)
     assert metrics["j_and_f"].low <= 60 <= metrics["j_and_f"].high
+
+
+# PCK
+
+
+def test_heat_maps_and_their_peaks_by_hand() -> None:
+    # Patches of 16: the points lie at (2.5, 3.5) and (0.5, 2); the third is left of the frame.
+    points = torch.tensor([[40.0, 56.0], [8.0, 32.0], [-40.0, 32.0]], dtype=torch.float64)
+    maps = propagation.heat_maps(points, (6, 8), (96, 128), 0.5)
+    first, second, none = maps.T.view(3, 6, 8)
+    across = torch.tensor([0, math.exp(-8), math.exp(-2), 1, math.exp(-2), 0, 0, 0])
+    down = torch.tensor([0, 0, math.exp(-8), math.exp(-2), 1, math.exp(-2)])
+    torch.testing.assert_close(first, down[:, None] * across)
+    # 0.5 - 1.5 is -1, so the first column of the window is outside; and 2 - 1.5 is rounded to 0.
+    across = torch.tensor([math.exp(-2), 1, math.exp(-2), 0, 0, 0, 0, 0])
+    down = torch.tensor([math.exp(-8), math.exp(-2), 1, math.exp(-2), 0, 0])
+    torch.testing.assert_close(second, down[:, None] * across)
+    assert not none.any()
+
+    peak = propagation.highest(maps, (6, 8), (96, 128), 1)
+    assert peak[:2].tolist() == [[48, 64], [16, 32]]
+    assert peak[2].isnan().all()
+    # The five highest places of a whole map are its centre and the four beside it.
+    torch.testing.assert_close(propagation.highest(maps, (6, 8), (96, 128), 5)[0], peak[0])
+    half = maps[:, :1].clone()
+    half[4 * 8 + 3] = 0  # without the centre the fifth is a corner, and of four alike any
+    x, y = propagation.highest(half, (6, 8), (96, 128), 4)[0].tolist()
+    assert (x, y) == (pytest.approx(48), pytest.approx(64))
+
+
+def test_pck_of_points_counted_by_hand() -> None:
+    # Two frames of three joints. The box is 30 x 40, so the person's size is 0.6 * 50 = 30: 3 and 6 pixels count.
+    truth = np.array([[[0, 0], [30, 0], [0, 40]]] * 2, float)
+    predicted = truth + np.array([[[3, 0], [0, 4], [5, 5]], [[0, 0], [6, 0], [0, -2.9]]])
+    one = propagation.point_scores(predicted, truth)
+    assert one.tolist() == [[2, 2, 2, 2], [2, 2, 0, 2], [2, 2, 1, 1]]
+    # What is lost counts nowhere, not even for the box: 30 x 0 is left of it, so 1.8 and 3.6 pixels count.
+    predicted[0, 2] = np.nan
+    predicted[1, :2] = np.nan  # a single joint has no size
+    two = propagation.point_scores(predicted, truth)
+    assert two.tolist() == [[2, 1, 0, 1], [2, 1, 0, 0], [2, 1, 0, 0]]
+    never = np.array([[2, 0, 0, 0]] * 3)
+
+    metrics = propagation.pck(np.stack([one, two, never])[..., 1:].astype(float), 0)
+    assert metrics["pck_0.1"].value == pytest.approx(100 * (2 / 3 + 0 / 3 + 1 / 3) / 3)
+    assert metrics["pck_0.2"].value == pytest.approx(100 * (3 / 3 + 2 / 3 + 1 / 3) / 3)
+    assert metrics["pck_0.1"].low <= metrics["pck_0.1"].value <= metrics["pck_0.1"].high
+    # A joint that no clip shows is no part of the mean.
+    one[2, 1:] = 0
+    assert propagation.pck(one[None, :, 1:].astype(float), 0)["pck_0.2"].value == 100
+    with pytest.raises(DataError, match="shows a point"):
+        propagation.pck(never[None, :, 1:].astype(float), 0)
+
+
+def walking(scenes: int, frames: int) -> Split:
+    """Three joints, each a patch of its own grey, that go a patch to the right with every frame; no masks."""
+    masks = torch.full((scenes, frames, 32, 48), 3, dtype=torch.uint8)
+    points = torch.zeros(scenes, frames, 3, 2, dtype=torch.float64)
+    for joint, (left, top) in enumerate(((8, 8), (16, 16), (12, 24))):
+        for frame in range(frames):
+            x = left + 4 * frame
+            masks[:, frame, top : top + 4, x : x + 4] = joint
+            points[:, frame, joint] = torch.tensor([x, top])
+    grey = video("test", masks.flatten(0, 1), frames, shuffle=False)
+    points = points.flatten(0, 1)
+    return dataclasses.replace(
+        grey, classes=CLASSES[:3], all_masks=None, all_points=points, ignore_index=None
+    )
+
+
+def test_joints_told_apart_by_features_are_found_and_constants_are_not(tmp_path: Path) -> None:
+    test = walking(2, 4)
+    exact = evaluate(Stub(), test, tmp_path, peaks=1)
+    assert exact.primary == "pck_0.1"
+    assert {name: metric.value for name, metric in exact.metrics.items()} == {"pck_0.1": 100, "pck_0.2": 100}
+    assert exact.details["followed"] == 100
+    assert exact.details["pck"] == {"a": 100, "b": 100, "c": 100}
+    constant = evaluate(Stub(constant=True), test, tmp_path, peaks=1)
+    assert constant.metrics["pck_0.2"].value < 50
+    beside = evaluate(Stub(), test, tmp_path, "jhmdb", size=[32, 48])  # the mean of five places
+    assert beside.metrics["pck_0.1"].value <= beside.metrics["pck_0.2"].value <= 100
+    assert test.all_points is not None
+    test.all_points[:, 2, 0] -= 200  # now outside the frames
+    without = evaluate(Stub(), test, tmp_path, peaks=1)
+    assert without.details["followed"] == pytest.approx(200 / 3)
+    assert without.details["pck"] == {"a": 100, "b": 100, "c": None}
+
+
+def test_no_points_but_those_of_first_frames_are_shown(tmp_path: Path) -> None:
+    """Other points in the other frames change no prediction, and those of first frames do."""
+    test = walking(3, 4)
+    assert test.frame is not None
+    later = test.frame > 0
+    outcomes = []
+    for rows in (later & False, later, ~later):
+        points = test.all_points.clone()
+        points[rows] = points[rows].flip(1)
+        outcomes.append(evaluate(vit(), dataclasses.replace(test, all_points=points), tmp_path))
+    predictions = [outcome.details["predictions_sha256"] for outcome in outcomes]
+    assert predictions[0] == predictions[1] != predictions[2]
+    assert outcomes[0].metrics != outcomes[1].metrics
+
+    task = Task(test, test)
+    for peek in (task.test, task.test.subset(torch.arange(3)), task.test.holdout(0.5)[0]):
+        assert peek.offers == ("frames",)
+        assert peek.all_points is None
+        with pytest.raises(LabelLeak, match="points of blocks"):
+            peek.points(torch.arange(1))
+    for positions, points in task.clips(4):
+        assert torch.equal(points, test.points(positions[:1])[0])
+    with pytest.raises(LabelLeak, match="more than the first"):
+        task.clips(2)
+    assert torch.equal(task.unseal().points(torch.arange(5)), test.all_points[:5])
+    with pytest.raises(DataError, match="no points"):
+        video("test", moving_blocks(1, 2), 2).points(torch.arange(1))
 
 
 # Propagation
@@ -404,6 +520,80 @@ def test_folders_as_they_are_downloaded(
     (lists / ("val.txt" if layout == "DAVIS" else "val_videos.txt")).write_text("cat\n")
     with pytest.raises(DataError, match="cat has no frames"):
         data.load(name)
+
+
+def write_jhmdb(
+    place: Path, videos: dict[str, int], size: tuple[int, int] = (48, 64)
+) -> dict[str, np.ndarray]:
+    """A tiny JHMDB folder with the number of frames of each ACTION/VIDEO; returns the points of each."""
+    written = {}
+    for name, frames in videos.items():
+        images, joints = place / "JHMDB/Rename_Images" / name, place / "JHMDB/joint_positions" / name
+        images.mkdir(parents=True)
+        joints.mkdir(parents=True)
+        start = RNG.uniform(0, 1, (15, 2)) * (size[1] - 8, size[0])
+        written[name] = start + np.arange(frames)[:, None, None] * (2, 0)
+        for frame in range(frames):
+            pixels = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / f"{frame + 1:05}.png")
+        (images / "._00001.png").write_bytes(b"what a Mac leaves")
+        scipy.io.savemat(joints / "joint_positions.mat", {"pos_img": written[name].transpose(2, 1, 0) + 1})
+    return written
+
+
+def test_a_jhmdb_folder_as_it_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIMBENCH_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"put it into .* as JHMDB/"):
+        data.load("jhmdb")
+    written = write_jhmdb(tmp_path, {"wave/me_1": 11, "wave/you_2": 3, "run/far!": 4, "run/away": 2})
+    with pytest.raises(DataError, match=r"no lists \*_test_split1\.txt"):
+        data.load("jhmdb")
+    lists = tmp_path / "JHMDB/splits"
+    lists.mkdir()
+    (lists / "wave_test_split1.txt").write_text("me_1.avi 2\nyou_2.avi 1\n")
+    (lists / "run_test_split1.txt").write_text("far!.avi 2 \naway.avi 1 \n")
+    (lists / "run_test_split2.txt").write_text("far!.avi 1 \naway.avi 2 \n")
+    found = data.load("jhmdb")
+    assert (len(found.train), len(found.test)) == (5, 15)
+    assert found.test.offers == ("points", "frames")
+    assert len(found.test.classes) == 15
+    clips = found.test.clips()
+    assert [len(clip) for clip in clips] == [4, 11]
+    for clip, name in zip(clips, ("run/far!", "wave/me_1"), strict=True):
+        np.testing.assert_allclose(found.test.points(clip).numpy(), written[name], atol=1e-12)
+        place = tmp_path / "JHMDB/Rename_Images" / name
+        for row, image in enumerate(found.test.batch(clip).images):  # in order of their numbers
+            expected = np.array(Image.open(place / f"{row + 1:05}.png")).transpose(2, 0, 1)
+            assert np.array_equal(image.numpy(), expected)
+    result = evaluate(vit(), found.test, tmp_path, "jhmdb", size=[48, 64])
+    assert result.metrics["pck_0.1"].n == 2
+    assert 0 < result.details["followed"] <= 100
+
+    def targets(*protocols: str, on: str | None = None) -> dict[str, data.Dataset]:
+        plan = runner._Plan(runner.Request(("mae",), protocols, "jhmdb", eval_dataset=on))
+        return runner._targets(plan, found, quiet())
+
+    assert targets("label_propagation:jhmdb")["label_propagation"] is found
+    plan = runner._Plan(runner.Request(("mae",), ("label_propagation",)))
+    assert runner._evaluation_data(plan.request, plan.protocols[0], data.load("digits")) == "digit-scenes"
+    with pytest.raises(ConfigError, match="segmentation needs masks, which 'jhmdb'"):
+        targets("segmentation", on="jhmdb")
+    with pytest.raises(ConfigError, match="needs masks or points, which 'digits'"):
+        targets("label_propagation", on="digits")
+
+    joints = tmp_path / "JHMDB/joint_positions/wave/me_1/joint_positions.mat"
+    scipy.io.savemat(joints, {"pos_img": np.ones((2, 15, 5))})
+    assert len(data.load("jhmdb").test) == 4 + 5  # frames without joints are left out
+    scipy.io.savemat(joints, {"pos_img": np.ones((2, 15, 12))})
+    with pytest.raises(DataError, match="11 of 12 frames"):
+        data.load("jhmdb")
+    scipy.io.savemat(joints, {"pos_img": np.ones((2, 14, 11))})
+    with pytest.raises(DataError, match="15 joints"):
+        data.load("jhmdb")
+    for damaged in (b"", b"no matrix" * 30):
+        joints.write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot be read"):
+            data.load("jhmdb")
 
 
 def test_real_drives(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

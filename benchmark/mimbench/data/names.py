@@ -37,6 +37,10 @@ VIP = (
     *("gloves", "scarf", "skirt", "torso-skin", "face", "right-arm", "left-arm", "right-leg", "left-leg"),
     *("right-shoe", "left-shoe"),
 )
+JHMDB = (
+    *("neck", "belly", "face", "right-shoulder", "left-shoulder", "right-hip", "left-hip", "right-elbow"),
+    *("left-elbow", "right-knee", "left-knee", "right-wrist", "left-wrist", "right-ankle", "left-ankle"),
+)
 
 ENTRIES = {
     "digits": Entry("1,797 handwritten digits, 8x8 grey, 10 classes; embedded", "smoke"),
@@ -89,6 +93,13 @@ ENTRIES = {
         "VIP_Fine/ with Images, Annotations/Category_ids and lists/val_videos.txt",
         "https://www.sysu-hcp.net/lip",
         classes=VIP,
+    ),
+    "jhmdb": Entry(
+        "JHMDB: 928 videos of people with 15 joints in each frame; 268 of them for testing (split 1)",
+        "paper",
+        "JHMDB/ with Rename_Images, joint_positions and splits",
+        "http://jhmdb.is.tue.mpg.de",
+        classes=JHMDB,
     ),
     "pets": Entry(
         "Oxford-IIIT Pet: 3,680 training and 3,669 test photographs, 37 breeds",

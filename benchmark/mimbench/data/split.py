@@ -78,6 +78,7 @@ class Split:
     index: Tensor  # (N,) which rows of the store belong to this split
     all_labels: Tensor | None = None  # (rows of the store,) int64
     all_masks: Store | None = None  # single-channel masks, repeated to the store's layout
+    all_points: Tensor | None = None  # (rows, J, 2) float64: x and y of J points, in pixels from 0
     sequence: Tensor | None = None  # (rows,) scene of each frame
     frame: Tensor | None = None  # (rows,) place in time within the scene
     ignore_index: int | None = None  # mask value that no metric counts
@@ -89,8 +90,13 @@ class Split:
 
     @property
     def offers(self) -> tuple[str, ...]:
-        """What stands beside the images: any of labels, masks, frames."""
-        present = {"labels": self.all_labels, "masks": self.all_masks, "frames": self.sequence}
+        """What stands beside the images: any of labels, masks, points, frames."""
+        present = {
+            "labels": self.all_labels,
+            "masks": self.all_masks,
+            "points": self.all_points,
+            "frames": self.sequence,
+        }
         return tuple(name for name, value in present.items() if value is not None)
 
     @property
@@ -110,9 +116,17 @@ class Split:
             raise DataError(f"'{self.dataset}' has no segmentation masks", "Try digit-scenes or camvid")
         return self.all_masks.read(self.index[positions])[0][:, 0]
 
+    def points(self, positions: Tensor) -> Tensor:
+        """(B, J, 2) float64 x and y of each point in pixels, for some positions of this split."""
+        if self.sealed:
+            raise LabelLeak(f"points of {self.dataset}/{self.part} were read before all choices were final")
+        if self.all_points is None:
+            raise DataError(f"'{self.dataset}' has no points", "Try jhmdb")
+        return self.all_points[self.index[positions]]
+
     def without_labels(self) -> Split:
-        """The same images without labels and masks; asking for them is a LabelLeak."""
-        return dataclasses.replace(self, sealed=True, all_labels=None, all_masks=None)
+        """The same images without labels, masks and points; asking for them is a LabelLeak."""
+        return dataclasses.replace(self, sealed=True, all_labels=None, all_masks=None, all_points=None)
 
     def subset(self, positions: Tensor, part: str | None = None) -> Split:
         """Some of this split's images; the fingerprint follows the choice."""
