@@ -14,7 +14,7 @@ TEMPLATES = Path(__file__).parent
 
 
 def new_method(slug: str, title: str, arxiv: str) -> list[Path]:
-    """Writes ``methods/<slug>/`` and its test; returns the files.
+    """Writes ``methods/<slug>/`` and its test; returns the files. Numbers held in ``results/reported`` move there.
 
     Raises ConfigError for a slug or an arXiv id that is not one, and where the method exists already.
     """
@@ -42,6 +42,10 @@ def new_method(slug: str, title: str, arxiv: str) -> list[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text.substitute(slug=slug, title=shown, arxiv=arxiv), encoding="utf-8")
     numbers = folder / "reported.csv"
-    numbers.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    held = top / "results" / "reported" / f"{slug}.csv"
+    if held.is_file():  # what the paper reports was here before its method
+        held.rename(numbers)
+    else:
+        numbers.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
     registry.methods.cache_clear()
     return [*targets.values(), numbers]
