@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +79,135 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 
     half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How much better a is than b on the same test items, in points of percent."""
+
+    difference: float
+    low: float
+    high: float
+    p: float  # of no difference, two-sided, not corrected
+    only_a: int  # items that only a has right, over all seeds
+    only_b: int
+    n: int  # test items
+    seeds: int
+
+
+def paired(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Paired:
+    """Compares what two methods have right: (N,) bool of one run each, or (S, N) of S seeds.
+
+    One run each: McNemar's exact test (Psychometrika 12, 1947), and the interval of Bonett and Price (J. Educ.
+    Behav. Stat. 37, 2012). Both are over test items alone, and the test is the stricter where they disagree.
+    Several seeds: both seeds and items are samples, so that the interval covers another pretraining too. The
+    variance has a part of the seeds, known to S - 1 degrees of freedom, and one of the items (a two-way table);
+    their intervals add up in squares (Howe, JASA 69, 1974), and the p value is where that reaches zero. This
+    errs on the safe side, unlike Satterthwaite's degrees of freedom, which leave 2 or 3 seeds too sure.
+    Raises DataError for unequal shapes and fewer than two items.
+    """
+    right, other = np.atleast_2d(_array(a)), np.atleast_2d(_array(b))
+    if right.dtype != bool or other.dtype != bool or right.ndim != 2:
+        raise TypeError(f"expected (N,) or (S, N) bool, got {right.shape} {right.dtype}, {other.dtype}")
+    if right.shape != other.shape:
+        raise DataError(f"seeds and test items do not pair: {right.shape} and {other.shape}")
+    seeds, n = right.shape
+    if n < 2 or not seeds:
+        raise DataError("a paired comparison needs two test items or more")
+    only_a, only_b = int((right & ~other).sum()), int((other & ~right).sum())
+    difference = (only_a - only_b) / (n * seeds)
+    if seeds == 1:
+        centre, half, p = _mcnemar(only_a, only_b, n)
+    else:
+        centre = difference
+        half, p = _over_seeds_and_items(right.astype(np.float64) - other)
+    low, high = (100 * min(max(end, -1.0), 1.0) for end in (centre - half, centre + half))
+    return Paired(100 * difference, low, high, p, only_a, only_b, n, seeds)
+
+
+def _mcnemar(only_a: int, only_b: int, n: int) -> tuple[float, float, float]:
+    """Centre and half width of the interval of a difference of shares, and the exact p value."""
+    from scipy.stats import binom
+
+    p = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    return more - less, half, p
+
+
+def _over_seeds_and_items(table: np.ndarray) -> tuple[float, float]:
+    """Half width of the interval of the mean of (S, N) differences, and the p value of a mean of zero."""
+    from scipy.optimize import brentq
+    from scipy.special import ndtri, stdtrit
+
+    seeds, n = table.shape
+    by_seed, by_item, mean = table.mean(1), table.mean(0), float(table.mean())
+    rest = table - by_seed[:, None] - by_item + mean
+    noise = float((rest**2).sum()) / ((seeds - 1) * (n - 1) * n * seeds)  # of the mean, from neither alone
+    of_seeds = float(by_seed.var(ddof=1)) / seeds
+    # At least what two runs have that agree on every item: no finite sample proves that nothing differs.
+    of_items = max(float(by_item.var(ddof=1)) / n - noise, 2 / (n + 2) ** 2)
+
+    def half(log_p: float) -> float:
+        tail = math.exp(log_p) / 2
+        return math.hypot(
+            stdtrit(seeds - 1, tail) * math.sqrt(of_seeds), float(ndtri(tail)) * math.sqrt(of_items)
+        )
+
+    least = -700.0  # exp of less is 0
+    if half(least) <= abs(mean):
+        return half(math.log(0.05)), 0.0
+    return half(math.log(0.05)), math.exp(brentq(lambda p: half(p) - abs(mean), least, 0.0))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values corrected for their number: below 0.05 in any of them has a chance under 5 % if none is real.
+
+    Holm, Scand. J. Stat. 6 (1979): as safe as Bonferroni's and never weaker, however the tests depend.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for done, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - done) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def rank_groups(scores: Sequence[float], separated: np.ndarray) -> list[int]:
+    """The place of each method's group: 1 + the number of methods in better groups. Higher scores are better.
+
+    ``separated`` (M, M) bool, symmetric, says which pairs a corrected test tells apart. A group ends only where
+    each method above is separated from each below, so two methods of different groups always are; a tie with
+    both keeps two separated methods in one group.
+    """
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    places, place = [0] * len(order), 1
+    for position, i in enumerate(order):
+        if separated[np.ix_(order[:position], order[position:])].all():
+            place = position + 1
+        places[i] = place
+    return places
+
+
+def kendall(x: Sequence[float], y: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Kendall's tau-b of N pairs and its interval; fewer than five pairs have no interval.
+
+    The interval is Fieller, Hartley and Pearson's (Biometrika 44, 1957): atanh(tau) has the variance
+    0.437 / (N - 4). Raises DataError where all of x or all of y are equal, as no order can be told.
+    """
+    from scipy.stats import kendalltau
+
+    n = len(x)
+    if len(y) != n or len(set(x)) < 2 or len(set(y)) < 2:
+        raise DataError("a rank correlation needs two lists of equal length, each with two values or more")
+    tau = min(max(float(kendalltau(x, y).statistic), -1.0), 1.0)  # rounding may end a little beside
+    if n < 5:
+        return tau, None, None
+    # Half a pair short of a perfect order, which would have no width.
+    inner = math.copysign(min(abs(tau), 1 - 2 / (n * (n - 1))), tau)
+    half = Z * math.sqrt(0.437 / (n - 4))
+    low, high = math.tanh(math.atanh(inner) - half), math.tanh(math.atanh(inner) + half)
+    return tau, min(low, tau), max(high, tau)
 
 
 def _bools(correct: Any) -> np.ndarray:
