@@ -395,6 +395,37 @@ def show(name: Annotated[str, typer.Argument(help="A run's id (or its beginning)
 
 
 @app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Two or more runs (an id or its beginning) or methods.")],
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", "-p", help="Of methods: the runs of this NAME or NAME:RECIPE.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="Of methods: the runs scored on these data.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Of methods: the runs of this preset.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which of several runs is better on the same test images, whether that is chance, and at what cost."""
+    from mimbench import compare as comparing
+    from mimbench import paths, record
+
+    records, faults = record.scan(paths.results())
+    for fault in faults:
+        typer.echo(f"warning: {fault}", err=True)
+    found = comparing.compare(comparing.choose(names, records, protocol, dataset, preset))
+    if as_json:
+        _print_json(found.content())
+        return
+    for title, columns, rows in found.tables():
+        typer.echo(title)
+        _print_table(columns, rows)
+        typer.echo()
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="The folder to render to.")] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
