@@ -548,6 +548,15 @@ def test_a_report_without_records_is_a_page(mimbench: Command, tmp_path: Path) -
     assert Path(ended.out.strip()).is_file()
 
 
+def test_the_front_page_is_written_as_one_file(
+    mimbench: Command, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    ended = mimbench(f"report --single-file {tmp_path / 'page.html'}")
+    assert (ended.code, ended.out.strip(), ended.err) == (0, str(tmp_path / "page.html"), "")
+    assert [f.name for f in tmp_path.rglob("*.html")] == ["page.html"]
+    fails(f"report --single-file {tmp_path / 'page.html'} --out {tmp_path}", "--single-file")
+
+
 def test_the_check_fails_when_a_metric_has_left_its_interval(mimbench: Command, results: Path) -> None:
     written = mimbench("check --update")
     assert written.code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import html.parser
 import re
@@ -9,10 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
+import duckdb
+import pyarrow.parquet
 import pytest
 
-from mimbench import certificate, database, paths, record, registry, speed
+from mimbench import certificate, database, export, paths, record, registry, speed
 from mimbench import report as rendering
 from mimbench import reported as reporting
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
@@ -791,6 +795,146 @@ def test_the_clones_own_methods_and_protocols_render(tmp_path: Path) -> None:
     listed = [paper for paper in reporting.catalogue() if paper.slug not in registry.methods()]
     assert len(planned) == len(listed) > 0
     assert all(file.stat().st_size < 500_000 for file in pages)
+
+
+# What it offers beside the pages
+
+
+def test_a_table_exports_what_the_leaderboard_says(suite: Any, tmp_path: Path) -> None:
+    hostile = '=1+1,"two"\nlines'
+    records = [
+        *(made("alpha", value, seed) for seed, value in enumerate((60.0, 61.0, 65.1))),
+        *(made("beta", 62.5), made("noise", 40), made("labels", 90), budgeted("alpha", 41, "2m")),
+        *(made("beta", 58, preset=hostile), made("beta", 20, recipe="mae")),
+    ]
+    site = render(tmp_path, *records)
+    columns = [name for name in export.COLUMNS if name != "rank_to"]
+    ours: list[Any] = []
+    for file in (site / "data").glob("*.parquet"):
+        held = pyarrow.parquet.read_table(file)
+        assert held.column_names == list(export.COLUMNS)
+        with file.with_suffix(".csv").open(encoding="utf-8", newline="") as text:
+            read = [{name: cell or None for name, cell in row.items()} for row in csv.DictReader(text)]
+        assert [row["preset"] for row in read] == held["preset"].to_pylist()
+        assert [float(row["mean"] or "nan") for row in read] == held["mean"].to_pylist()
+        assert [row["rank"] and int(row["rank"]) for row in read] == held["rank"].to_pylist()
+        ours += [tuple(row[name] for name in columns) for row in held.to_pylist()]
+    with duckdb.connect(str(site / export.DATABASE), read_only=True) as database_:
+        theirs = database_.execute(f"SELECT {', '.join(columns)} FROM leaderboard").fetchall()
+    assert len(ours) == 8  # the floor stands in both views
+    for our, their in zip(sorted(ours, key=str), sorted(theirs, key=str), strict=True):
+        assert our == pytest.approx(their), our
+
+
+def test_the_published_database_holds_all_and_nothing_of_this_machine(
+    everything: list[Record], tmp_path: Path
+) -> None:
+    site = render(tmp_path, *everything[:-1])
+    database.update(tmp_path / "results")
+    counts = "SELECT (SELECT count(*) FROM {}), (SELECT count(*) FROM {}), (SELECT count(*) FROM {})"
+    query = counts.format("metrics", "reported", "papers")
+    published = site / "data"
+    assert database.query(query, published) == database.query(query, tmp_path / "results")
+    _, files = database.query("SELECT path, run, inode FROM files ORDER BY path", published)
+    assert (len(files), {inode for *_, inode in files}) == (len(everything) - 1, {None})
+    assert all((tmp_path / "results" / path).is_file() and Path(path).stem == run for path, run, _ in files)
+
+
+def test_the_published_database_is_written_when_its_content_changes(suite: Any, tmp_path: Path) -> None:
+    render(tmp_path, made())
+    file = tmp_path / "site" / export.DATABASE
+    first = file.read_bytes()
+
+    def value() -> Any:
+        return database.query("SELECT id, value FROM runs ORDER BY id", file.parent)[1]
+
+    render(tmp_path)
+    assert file.read_bytes() == first  # another writing would have another random number in it
+    render(tmp_path, made(value=61))
+    assert [held for _, held in value()] == [61]
+    (suite["alpha"].folder / "method.py").write_text("CHANGED = 1\n")
+    record.method_code.cache_clear()
+    render(tmp_path)
+    assert "changed" in database.query("SELECT stale FROM runs", file.parent)[1][0][0]
+    for damage in (b"", b"no database", first[:5000]):
+        file.write_bytes(damage)
+        render(tmp_path)
+        assert value() == [(made().id, 61)]
+    assert [f.name for f in file.parent.iterdir() if f.suffix not in (".csv", ".parquet")] == [file.name]
+
+
+def test_a_badge_says_a_methods_usual_value_or_its_parity(everything: list[Record], tmp_path: Path) -> None:
+    pages = rendering.pages(dataclasses.replace(rendering.load(tmp_path), records=everything))
+    badges = {path: text.decode() for path, text in pages.items() if path.startswith("badges/")}
+
+    def texts(slug: str) -> list[str]:
+        drawing = ElementTree.fromstring(next(text for path, text in badges.items() if f"/{slug}" in path))
+        space = "{http://www.w3.org/2000/svg}"
+        title = drawing.findtext(f"{space}title")
+        assert title == drawing.get("aria-label")
+        return [title or "", *(each.text or "" for each in drawing.iter(f"{space}text"))]
+
+    title, label, value = texts("alpha")  # linear comes before robustness on its card
+    assert (label, value) == ("linear top1, digits", "61.0 % (58.5 to 63.5)")
+    assert "3 seeds, smoke preset, vit 4x64/4" in title
+    assert texts("beta")[2] == "55.0 % (54.0 to 56.0)", "a stale row is not taken before a fresh one"
+    assert "script" in texts("script")[0]
+    assert len(badges) == 5
+    for text in badges.values():
+        assert not re.search(r"url\(|@import|href|http(?!://www.w3.org/2000/svg)", text)
+    suite_table = tables(made("beta", 58, method=MethodUsed("beta", "other")))
+    parity = {"passed": True, "fresh": True, "worst": 4.9e-7}
+
+    def said(*found: Any) -> str:
+        return export.badge("beta", ("linear",), *found)["value"]
+
+    assert said(suite_table, parity) == "parity 5e-07"
+    assert said(suite_table, None) == "58.0 % (57.0 to 59.0), stale"
+    assert said([], parity | {"fresh": False}) == "parity 5e-07, before a change"
+    assert said([], parity | {"passed": False}) == "differs from the authors’ code"
+    assert said([], None) == "not measured yet"
+
+
+def test_citations_are_sound_bibtex(suite: dict[str, registry.Card], tmp_path: Path) -> None:
+    odd = dataclasses.replace(suite["alpha"], title="50 % of {A_B} & C\\D\n goes", year=2022)
+    assert export.citation(odd) == (
+        "@misc{alpha,\n"
+        r"  title = {{50 \% of \textbraceleft{}A\_B\textbraceright{} \& C\textbackslash{}D goes}}," + "\n"
+        "  key = {alpha},\n  year = {2022},\n  note = {CVPR 2022},\n  eprint = {2111.06377},\n"
+        "  archiveprefix = {arXiv},\n  url = {https://arxiv.org/abs/2111.06377},\n}"
+    )
+    site = render(tmp_path, made(seed=1))
+    text = "\n".join(Page((site / "methods" / "alpha.html").read_text()).texts)
+    assert "@misc{alpha" in text
+    assert "1 run record, the newest of 2026-11-11}" in text
+    assert "year = {2026}" in text
+    floor = "\n".join(Page((site / "methods" / "noise.html").read_text()).texts)
+    assert (floor.count("@misc"), floor.count("@misc{mimbench,")) == (1, 1)
+
+
+def test_the_front_page_as_one_file_asks_for_nothing(
+    everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "load", lambda folder: rendering.Source(everything))
+    site = rendering.report(tmp_path, tmp_path / "site").parent
+    file = rendering.single_file(tmp_path / "results", tmp_path / "mail" / "page.html")
+    text = file.read_text(encoding="utf-8")
+    page, front = Page(text), Page((site / "index.html").read_text(encoding="utf-8"))
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert not {"link", "img", "iframe", "base"} & set(page.tags)
+    assert not re.search(r"@import|url\(", text)
+    assert "default-src 'none'" in text
+    cells = [tag for tag in front.tags if tag in ("td", "th", "svg", "table")]
+    assert [tag for tag in page.tags if tag in ("td", "th", "svg", "table")] == cells
+    for name in ("style.css", "tables.js"):
+        assert (paths.static() / name).read_text() in text
+    assert text.count("</script>") == text.count("<script>") == 1
+    before = file.stat().st_mtime_ns
+    rendering.single_file(tmp_path / "results", file)
+    assert file.stat().st_mtime_ns == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(record.ResultsError, match="cannot be written"):
+        rendering.single_file(tmp_path / "results", tmp_path / "file" / "page.html")
 
 
 Maker = Callable[..., Record]

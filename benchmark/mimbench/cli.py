@@ -428,13 +428,20 @@ def compare(
 @app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="The folder to render to.")] = None,
+    single_file: Annotated[
+        Path | None, typer.Option(help="Write the front page alone into this file, to mail to someone.")
+    ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Render the leaderboard as a static site."""
-    from mimbench import paths
-    from mimbench.report import report as render
+    """Render the leaderboard as a static site, or its front page as one file."""
+    from mimbench import paths, report
 
-    page = render(paths.results(), out or paths.site())
+    if out and single_file:
+        raise ConfigError("--out and --single-file are two reports", "Ask for one at a time")
+    if single_file:
+        page = report.single_file(paths.results(), single_file)
+    else:
+        page = report.report(paths.results(), out or paths.site())
     typer.echo(page)
     if open_:
         import webbrowser

@@ -6,11 +6,14 @@ lets one process do so at a time. What is damaged or of another layout is built 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +26,7 @@ from mimbench.record import MethodUsed, ProtocolUsed, Record
 
 if TYPE_CHECKING:
     import duckdb
+    import pyarrow as pa
 
 LAYOUT = 3  # raised with every change of a table or a view
 NAME = "mimbench.duckdb"
@@ -262,6 +266,72 @@ def update(folder: Path, patience: float = PATIENCE) -> list[str]:
         ) from None
 
 
+def publish(
+    file: Path,
+    records: Iterable[Record],
+    comparisons: Iterable[speed.Comparison],
+    catalogue: Iterable[reported.Paper],
+    numbers: Iterable[reported.Row],
+) -> None:
+    """Writes a database to hand on: it holds what is given, and of no file its place on this machine.
+
+    DuckDB stamps each file that it makes with a random number, so equal content has other bytes: a file whose
+    content would not change is left alone. Raises OSError or ResultsError where it cannot be written.
+    """
+    import duckdb
+
+    records, comparisons = sorted(records, key=lambda made: made.id), list(comparisons)
+    catalogue, numbers = list(catalogue), list(numbers)
+    content = hashlib.sha256(repr((_layout(), duckdb.__version__, catalogue, numbers, comparisons)).encode())
+    cards = (dataclasses.replace(card, folder=Path()) for card in registry.methods().values())
+    for part in (*cards, *((made, record.stale(made)) for made in records)):
+        content.update(repr(part).encode())
+    if _content(file) == content.hexdigest():
+        return
+    copy = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with duckdb.connect(config={"threads": 1}) as connection:  # keeps the order of rows
+            place = str(copy).replace("'", "''")
+            connection.execute(
+                f"ATTACH '{place}' AS published (BLOCK_SIZE 16384)"
+            )  # a third of the default's size
+            connection.execute("USE published")
+            connection.execute("BEGIN")
+            _create(connection)
+            for start in range(0, len(records), 100):  # curves are long: not all in memory at once
+                rows = _Rows()
+                for made in records[start : start + 100]:
+                    _add_run(rows, made)
+                    rows.add("files", path=record.place(made, Path()).as_posix(), run=made.id)
+                _insert(connection, rows)
+            rows = _Rows()
+            for comparison in comparisons:
+                _add_comparison(rows, comparison, f"speed/{comparison.file}")
+            _insert(connection, rows)
+            _refresh_sources(connection, catalogue, numbers, content.hexdigest())
+            connection.execute("COMMIT")
+            connection.execute("USE memory")
+            connection.execute("DETACH published")
+        os.replace(copy, file)
+    except duckdb.Error as fault:
+        raise ResultsError(f"{file} cannot be written: {_one_line(fault)}") from None
+    finally:
+        copy.unlink(missing_ok=True)
+        Path(f"{copy}.wal").unlink(missing_ok=True)
+
+
+def _content(file: Path) -> str:
+    """What a published database says that it holds; empty where there is none that can be read."""
+    import duckdb
+
+    try:
+        with _open(file, 0.0) as reader:
+            return str((reader.execute("SELECT sources FROM state").fetchone() or [""])[0])
+    except (ResultsError, duckdb.Error):
+        return ""
+
+
 _SEALED = {
     "enable_external_access": "false",  # no other file, database or extension
     "python_enable_replacements": "false",  # no variable of this process as a table
@@ -386,7 +456,7 @@ def _apply(file: Path, folder: Path) -> list[str]:
                 rows.add("files", path=path, inode=inode, modified=modified, size=size, run=run, fault=fault)
         _insert(connection, rows)
         connection.execute("DELETE FROM environments WHERE id NOT IN (SELECT environment FROM runs)")
-        _refresh_sources(connection)
+        _refresh_sources(connection, reported.catalogue(), reported.read_all(), _sources())
         connection.execute("COMMIT")
         connection.execute("CHECKPOINT")
         return [row[0] for row in connection.execute(_FAULTS).fetchall()]
@@ -565,21 +635,31 @@ def _fact(facts: Facts, name: str) -> Any:
 
 def _insert(connection: duckdb.DuckDBPyConnection, rows: _Rows) -> None:
     """Inserts rows, table by table; an environment that is known already is left out."""
+    for table, content in rows.tables.items():
+        connection.register("incoming", arrow(content, TABLES[table]))
+        new = " WHERE id NOT IN (SELECT id FROM environments)" if table == "environments" else ""
+        connection.execute(f"INSERT INTO {table} SELECT DISTINCT * FROM incoming{new}")
+        connection.unregister("incoming")
+
+
+def arrow(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pa.Table:
+    """Rows as an Arrow table with ``columns``, each with its type in SQL; what a row lacks is NULL."""
     import pyarrow as pa
 
     kinds = {
         **{"VARCHAR": pa.string(), "JSON": pa.string(), "DOUBLE": pa.float64(), "BIGINT": pa.int64()},
         **{"BOOLEAN": pa.bool_(), "TIMESTAMP": pa.timestamp("us")},
     }
-    for table, content in rows.tables.items():
-        schema = pa.schema([(name, kinds[kind]) for name, kind in TABLES[table].items()])
-        connection.register("incoming", pa.Table.from_pylist(content, schema=schema))
-        new = " WHERE id NOT IN (SELECT id FROM environments)" if table == "environments" else ""
-        connection.execute(f"INSERT INTO {table} SELECT DISTINCT * FROM incoming{new}")
-        connection.unregister("incoming")
+    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _refresh_sources(connection: duckdb.DuckDBPyConnection) -> None:
+def _refresh_sources(
+    connection: duckdb.DuckDBPyConnection,
+    catalogue: Iterable[reported.Paper],
+    numbers: Iterable[reported.Row],
+    sources: str,
+) -> None:
     """Papers and reported numbers anew, and which runs are stale by today's code."""
     rows = _Rows()
     for slug, card in registry.methods().items():
@@ -593,11 +673,11 @@ def _refresh_sources(connection: duckdb.DuckDBPyConnection) -> None:
             baseline=card.family == "baseline",
             here=True,
         )
-    for paper in reported.catalogue():
+    for paper in catalogue:
         if paper.slug not in registry.methods():
             known = {name: value or None for name, value in vars(paper).items()}
             rows.add("papers", **known, baseline=False, here=False)
-    for row in reported.read_all():
+    for row in numbers:
         rows.add("reported", **row)
     connection.execute("DELETE FROM papers")
     connection.execute("DELETE FROM reported")
@@ -612,4 +692,4 @@ def _refresh_sources(connection: duckdb.DuckDBPyConnection) -> None:
             " AND protocol_version = ? AND protocol_code = ? AND stale IS DISTINCT FROM ?",
             [why, slug, method_code, protocol, version, protocol_code, why],
         )
-    connection.execute("UPDATE state SET sources = ?", [_sources()])
+    connection.execute("UPDATE state SET sources = ?", [sources])

@@ -7,6 +7,7 @@ so the same records give the same bytes.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,13 +15,13 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import certificate, config, paths, registry, reported, speed
+from mimbench import certificate, config, database, export, paths, registry, reported, speed
 from mimbench.certificate import Certificate
 from mimbench.errors import DataError, MimbenchError, ResultsError
 from mimbench.record import Record, place, scan, setting, stale
@@ -737,8 +738,8 @@ def load(folder: Path) -> Source:
     return Source(records, rows, texts, comparisons, certificates, catalogue)
 
 
-def pages(source: Source) -> dict[str, bytes]:
-    """The whole site: every file's path below its folder, and content."""
+def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
+    """The whole site: every file's path below its folder, and content; the front page ``alone`` needs no other."""
     environment = _environment()
     ranked = tables(source.records, source.papers)
     for table in ranked:
@@ -750,24 +751,30 @@ def pages(source: Source) -> dict[str, bytes]:
         for row in table.rows:
             row.parity = proofs[row.method]
     names = sorted({*registry.protocols(), *(r.protocol.name for r in source.records)})
+    newest = max(map(when, source.records), default=None)
     site = {
         "runs": len(source.records),
-        "newest": max(map(when, source.records), default=None),
+        "newest": newest,
         "methods": methods,
         "measured": len({r.method.slug for r in source.records}),
         "command": next((m["command"] for m in methods if not m["baseline"]), "mimbench list methods"),
     }
     found: dict[str, bytes] = {}
+    inline = export.inline() if alone else None
 
     def add(path: str, template: str, **view: Any) -> None:
         root = "../" * path.count("/")
-        text = environment.get_template(template).render(site=site, root=root, here=Path(path).stem, **view)
-        found[path] = text.encode()
+        shared = {"site": site, "root": root, "here": Path(path).stem, "inline": inline}
+        found[path] = environment.get_template(template).render(shared, **view).encode()
 
     sections = [_section(name, [t for t in ranked if t.protocol == name]) for name in names]
     views = sorted({table.view for table in ranked}, key=view_order)
     shown = [section for section in sections if section["tables"]]
     add("index.html", "index.html", sections=shown, views=views, faults=source.faults)
+    if alone:
+        return {"index.html": export.unlink(found["index.html"].decode()).encode()}
+    for table in ranked:
+        found.update(export.files(table))
     add("about.html", "about.html")
     timed = speed_views(source.comparisons)
     bars = [
@@ -787,6 +794,7 @@ def pages(source: Source) -> dict[str, bytes]:
             tables=section["tables"],
             settings=section["settings"],
         )
+    own_citation = export.own_citation(len(source.records), newest)
     for method in methods:
         runs = [r for r in source.records if r.method.slug == method["slug"]]
         runs.sort(key=lambda r: (r.protocol.name, r.data.name, r.fingerprint, r.preset, r.seed, r.id))
@@ -799,8 +807,11 @@ def pages(source: Source) -> dict[str, bytes]:
             charts=charts(runs),
             commands=list(dict.fromkeys(run.command for run in runs)),
             files=[{"name": view["file"], "href": view["href"]} for view in map(run_view, runs)],
+            own_citation=own_citation,
         )
         found.update(method["files"])
+        badge = export.badge(method["slug"], method["protocols"], ranked, method["parity"])
+        add(method["badge"], "badge.svg", badge=badge)
     for run in source.records:
         view = run_view(run)
         add(view["href"], "run.html", run=view, **_run_parts(run))
@@ -840,6 +851,9 @@ def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
     view: dict[str, Any] = {
         "slug": slug,
         "href": href,
+        "badge": f"badges/{page_name(slug)}.svg",
+        "citation": "",
+        "protocols": card.protocols if card else (),
         "baseline": card is not None and card.family == "baseline",
         "title": slug,
         "facts": [],
@@ -869,6 +883,7 @@ def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
         "facts": facts,
         "summary": card.summary.strip(),
         "deviations": card.deviations,
+        "citation": "" if view["baseline"] else export.citation(card),
     }
 
 
@@ -1020,20 +1035,44 @@ def report(folder: Path, out: Path) -> Path:
     Files whose content would not change are left alone, and pages that a former call wrote for what is no
     longer recorded are removed. Raises ResultsError where ``out`` cannot be written.
     """
-    found = pages(load(folder))
+    source = load(folder)
+    found = pages(source)
     listing = out / ".mimbench-pages"
-    found[listing.name] = "".join(f"{path}\n" for path in sorted(found)).encode()
-    try:
+    found[listing.name] = "".join(f"{path}\n" for path in sorted([*found, export.DATABASE])).encode()
+    with _writing(out):
         former = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
-        for path in set(former) - set(found) - {""}:
+        for path in set(former) - {*found, export.DATABASE, ""}:
             (out / path).unlink(missing_ok=True)
         for path, content in found.items():
-            file = out / path
-            if not file.is_file() or file.read_bytes() != content:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(content)
+            _write(out / path, content)
+        database.publish(
+            out / export.DATABASE, source.records, source.comparisons, source.catalogue, source.papers
+        )
+    return out / "index.html"
+
+
+def single_file(folder: Path, file: Path) -> Path:
+    """Renders the front page into one ``file``, which asks for nothing else, and returns its path.
+
+    Raises ResultsError where it cannot be written.
+    """
+    content = pages(load(folder), alone=True)["index.html"]
+    with _writing(file):
+        _write(file, content)
+    return file
+
+
+def _write(file: Path, content: bytes) -> None:
+    if not file.is_file() or file.read_bytes() != content:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as fault:
         raise ResultsError(
-            f"the report cannot be written to {out}: {fault.strerror}", "Choose another folder"
+            f"the report cannot be written to {out}: {fault.strerror}", "Choose another place"
         ) from None
-    return out / "index.html"
