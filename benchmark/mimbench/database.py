@@ -215,6 +215,9 @@ class _Rows:
     """Rows to insert, by table."""
 
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    curves: dict[str, list[Any]] = field(
+        default_factory=lambda: {name: [] for name in TABLES["curves"]}
+    )  # long
 
     def add(self, table: str, **row: Any) -> None:
         self.tables.setdefault(table, []).append(row)
@@ -622,10 +625,13 @@ def _add_run(rows: _Rows, made: Record) -> None:
     )
     for name, metric in made.metrics.items():
         rows.add("metrics", run=made.id, name=name, **vars(metric))
+    curves, before = rows.curves, len(rows.curves["run"])
     for position, point in enumerate(made.curve):
-        for name, value in point.items():
-            if name != "step":
-                rows.add("curves", run=made.id, step=point.get("step", position), name=name, value=value)
+        logged = {name: value for name, value in point.items() if name != "step"}
+        curves["name"] += logged.keys()
+        curves["value"] += logged.values()
+        curves["step"] += [point.get("step", position)] * len(logged)
+    curves["run"] += [made.id] * (len(curves["name"]) - before)
 
 
 def _fact(facts: Facts, name: str) -> Any:
@@ -635,8 +641,12 @@ def _fact(facts: Facts, name: str) -> Any:
 
 def _insert(connection: duckdb.DuckDBPyConnection, rows: _Rows) -> None:
     """Inserts rows, table by table; an environment that is known already is left out."""
-    for table, content in rows.tables.items():
-        connection.register("incoming", arrow(content, TABLES[table]))
+    import pyarrow as pa
+
+    held = {table: arrow(content, TABLES[table]) for table, content in rows.tables.items()}
+    curves = pa.table(rows.curves, schema=_schema(TABLES["curves"]))
+    for table, content in {**held, "curves": curves}.items():
+        connection.register("incoming", content)
         new = " WHERE id NOT IN (SELECT id FROM environments)" if table == "environments" else ""
         connection.execute(f"INSERT INTO {table} SELECT DISTINCT * FROM incoming{new}")
         connection.unregister("incoming")
@@ -646,12 +656,17 @@ def arrow(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pa.Table:
     """Rows as an Arrow table with ``columns``, each with its type in SQL; what a row lacks is NULL."""
     import pyarrow as pa
 
+    return pa.Table.from_pylist(rows, schema=_schema(columns))
+
+
+def _schema(columns: Mapping[str, str]) -> pa.Schema:
+    import pyarrow as pa
+
     kinds = {
         **{"VARCHAR": pa.string(), "JSON": pa.string(), "DOUBLE": pa.float64(), "BIGINT": pa.int64()},
         **{"BOOLEAN": pa.bool_(), "TIMESTAMP": pa.timestamp("us")},
     }
-    schema = pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
-    return pa.Table.from_pylist(rows, schema=schema)
+    return pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
 
 
 def _refresh_sources(

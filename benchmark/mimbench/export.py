@@ -38,7 +38,7 @@ _TEX = {
     **{ord("{"): r"\textbraceleft{}", ord("}"): r"\textbraceright{}", ord("\\"): r"\textbackslash{}"},
     **{ord("~"): r"\textasciitilde{}", ord("^"): r"\textasciicircum{}"},
 }
-NARROW = "fijlrtI.,:;'|()[] -"  # signs of about half the others' width
+WIDTHS = {**dict.fromkeys("fijlrtI.,:;'|()[] -", 4.1), **dict.fromkeys("mwMW%", 10.4)}  # of 11 px; others 6.9
 
 
 def files(table: Table) -> dict[str, bytes]:
@@ -152,7 +152,7 @@ def _short(text: str) -> str:
 
 def _width(text: str) -> int:
     """About how wide a text is in a usual sans serif of 11 px; drawing stretches it to this."""
-    return round(sum(3.9 if sign in NARROW else 6.9 for sign in text))
+    return round(sum(WIDTHS.get(sign, 6.9) for sign in text))
 
 
 # Citations --------------------------------------------------------------------------------------------
