@@ -17,7 +17,12 @@ SHRINK: dict[str, dict[str, Any]] = {
     "finetune": {"least_steps": 2, "training": {"epochs": 1, "batch_size": 32}},
     "knn": {"ks": [3, 10]},
     "label_propagation": {"size": [16, 16]},
-    "linear": {"c_steps": 5, "training": {"epochs": 2, "batch_size": 32, "warmup_epochs": 1}},
+    "linear": {
+        "c_steps": 5,
+        "c_powers": [-4.0, 2.0],
+        "gradient_norm": 1e-3,
+        "training": {"epochs": 2, "batch_size": 32, "warmup_epochs": 1},
+    },
     "robustness": {
         "corruptions": ["fog", "contrast"],
         "severities": [1, 3],

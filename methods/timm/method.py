@@ -40,7 +40,7 @@ def create(config: Config, drop_path: float = 0.0) -> Any:
     options: dict[str, Any] = {"num_classes": 0}
     if drop_path:
         options["drop_path_rate"] = drop_path
-    if base.startswith(("vit_", "deit", "eva", "beit")):
+    if base.startswith(("vit_", "test_vit", "deit", "eva", "beit")):
         options["dynamic_img_size"] = True
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, **options)
