@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimbench.encoder import normalise
 from mimbench.errors import ConfigError
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import official_shape
 
 from .method import Config, LearnedViT, Model, filtered
 
@@ -22,13 +22,7 @@ def config_from_official(options: dict[str, Any]) -> Config:
         raise ConfigError("masks of a band, weighted or averaged spectra and spectra of patches are not here")
     return Config(
         image_size=size,
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
+        backbone=official_shape(options),
         radius=options["mask_radius1"],
         low_pass=options["sample_ratio"],
         hidden_only=options["recover_target_type"] == "masked",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimbench.models.vit import ViTShape
+from mimbench.models.mae import official_shape
 
 from .method import Config, Model
 
@@ -16,13 +16,7 @@ def config_from_official(options: dict[str, Any]) -> Config:
     """Our Config for the arguments of the authors' ``VisionTransformerForSimMIM`` and mask generator."""
     return Config(
         image_size=options["img_size"],
-        backbone=ViTShape(
-            options["patch_size"],
-            options["embed_dim"],
-            options["depth"],
-            options["num_heads"],
-            options["mlp_ratio"],
-        ),
+        backbone=official_shape(options),
         mask_unit=options["mask_patch_size"],
         mask_ratio=options["mask_ratio"],
         layer_scale=options["init_values"],
