@@ -20,6 +20,9 @@ from mimbench import certificate, database, export, paths, record, registry, spe
 from mimbench import report as rendering
 from mimbench import reported as reporting
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
+from mimbench.report import drawings, ranking, speeds, words
+from mimbench.report.pages import pages as rendered
+from mimbench.report.source import Source, load
 from mimbench.task import Metric
 
 HOSTILE = "<script>alert(1)</script>\"'&" + "x" * 90 + " \u05e9\u05dc\u05d5\u05dd \u202eevil"
@@ -146,8 +149,8 @@ def budgeted(slug: str, value: float, budget: str, seed: int = 0, **more: Any) -
     )
 
 
-def tables(*records: Record, papers: Any = ()) -> list[rendering.Table]:
-    return rendering.tables(records, papers)
+def tables(*records: Record, papers: Any = ()) -> list[ranking.Table]:
+    return ranking.tables(records, papers)
 
 
 def render(tmp_path: Path, *records: Record) -> Path:
@@ -281,7 +284,7 @@ def test_baselines_are_lines_for_the_same_backbone(suite: Any) -> None:
     assert {line["role"] for line in rows["alpha"].strip["lines"]} == {"floor", "ceiling"}
     assert rows["beta"].strip["lines"] == []
     floor, mean, ceiling = (rows[s].strip["mean"] for s in ("noise", "alpha", "labels"))
-    assert 0 < floor < mean < ceiling < rendering.STRIP
+    assert 0 < floor < mean < ceiling < ranking.STRIP
 
 
 def reported(**more: Any) -> dict[str, Any]:
@@ -330,8 +333,8 @@ def test_the_database_says_the_same(suite: Any, tmp_path: Path) -> None:
     ]
     for each in records:
         record.write(each, tmp_path / "results")
-    source = rendering.load(tmp_path / "results")
-    found = [(t, row) for t in rendering.tables(source.records, source.papers) for row in t.rows]
+    source = load(tmp_path / "results")
+    found = [(t, row) for t in ranking.tables(source.records, source.papers) for row in t.rows]
     database.update(tmp_path / "results")
     columns = "recipe, compared_by, method, mean, low, high, seeds, rank, epochs, images, pretrain_seconds"
     _, rows = database.query(f"SELECT {columns} FROM leaderboard", tmp_path / "results")
@@ -377,16 +380,16 @@ def test_per_class_numbers_become_a_heat_map(suite: Any) -> None:
             details={"iou": {"sky": 90.0, "car": 40.0}, "blur": {"fog": [2.0, 4.0], "snow": [6.0, 10.0]}},
         ),
     ]
-    by_name = {heat["title"]: heat for heat in rendering.heats_of(tables(*runs)[0])}
+    by_name = {heat["title"]: heat for heat in drawings.heats_of(tables(*runs)[0])}
     assert by_name["iou"]["columns"] == ["sky", "car"]
     assert [c["text"] for c in by_name["iou"]["rows"][0]["cells"]] == ["85.0", "40.0"]
     assert [c["text"] for c in by_name["blur"]["rows"][0]["cells"]] == ["2.5", "7.5"]
     assert "chosen" not in by_name
-    deep = rendering.heats(
+    deep = drawings.heats(
         {"accuracy": {"encoder": {"fog": {"1": 2.0, "2": 1.0}, "snow": {"1": 4.0, "2": 3.0}}}}
     )
     assert [(heat["title"], len(heat["rows"])) for heat in deep] == [("accuracy, encoder", 2)]
-    severities = {heat["title"]: heat for heat in rendering.heats(runs[0].details)}["blur"]
+    severities = {heat["title"]: heat for heat in drawings.heats(runs[0].details)}["blur"]
     assert (severities["columns"], [r["name"] for r in severities["rows"]]) == (["1", "2"], ["fog", "snow"])
 
 
@@ -398,7 +401,7 @@ def test_per_class_numbers_become_a_heat_map(suite: Any) -> None:
     ],
 )  # fmt: skip
 def test_numbers_read_well(value: float | None, unit: str, text: str) -> None:
-    assert rendering.number(value, unit) == text
+    assert words.number(value, unit) == text
 
 
 def test_docstrings_read_as_prose() -> None:
@@ -413,7 +416,7 @@ def test_docstrings_read_as_prose() -> None:
     """
     import inspect
 
-    assert rendering.prose(inspect.cleandoc(text)) == [
+    assert words.prose(inspect.cleandoc(text)) == [
         ["First line goes on."],
         ["Then ", "code", ":"],
         ["one an item goes on"],
@@ -422,9 +425,9 @@ def test_docstrings_read_as_prose() -> None:
 
 
 def test_ticks_enclose_the_range_in_round_steps() -> None:
-    assert rendering.ticks(0.13, 0.98) == [0, 0.25, 0.5, 0.75, 1.0]
-    assert rendering.ticks(5, 5)[0] <= 5 < rendering.ticks(5, 5)[-1]
-    assert rendering.ticks(-3e-9, 7e-9)[0] <= -3e-9
+    assert drawings.ticks(0.13, 0.98) == [0, 0.25, 0.5, 0.75, 1.0]
+    assert drawings.ticks(5, 5)[0] <= 5 < drawings.ticks(5, 5)[-1]
+    assert drawings.ticks(-3e-9, 7e-9)[0] <= -3e-9
 
 
 # The pages
@@ -541,7 +544,7 @@ def everything(suite: dict[str, registry.Card], tmp_path: Path) -> list[Record]:
 def test_every_link_leads_somewhere_and_hostile_text_stays_text(
     everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = rendering.load(tmp_path / "results")
+    held = load(tmp_path / "results")
     assert (len(held.catalogue), held.faults) == (3, [])
     source = dataclasses.replace(held, records=everything, faults=[HOSTILE], comparisons=[timed(HOSTILE)])
     monkeypatch.setattr(rendering, "load", lambda folder: source)
@@ -572,9 +575,9 @@ def test_the_same_records_give_the_same_bytes_and_leave_files_alone(
     before = {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in site.rglob("*") if f.is_file()}
     rendering.report(tmp_path / "results", site)
     assert before == {f: (f.read_bytes(), f.stat().st_mtime_ns) for f in site.rglob("*") if f.is_file()}
-    source = rendering.load(tmp_path / "results")
+    source = load(tmp_path / "results")
     backwards = dataclasses.replace(source, records=source.records[::-1])
-    assert rendering.pages(backwards) == rendering.pages(source)
+    assert rendered(backwards) == rendered(source)
 
 
 def test_pages_of_deleted_records_go_and_strangers_stay(suite: Any, tmp_path: Path) -> None:
@@ -614,8 +617,8 @@ def test_parity_is_shown_beside_the_method_and_with_its_numbers(
     good = certificate.Certificate("alpha", "alpha", "today", "them/alpha", "abcdef1234", "2.13", rows)
 
     def pages(*found: certificate.Certificate) -> tuple[str, str]:
-        source = rendering.Source([made()], certificates=list(found))
-        site = rendering.pages(source)
+        source = Source([made()], certificates=list(found))
+        site = rendered(source)
         return site["index.html"].decode(), site["methods/alpha.html"].decode()
 
     index, page = pages(good)
@@ -633,7 +636,7 @@ def test_weights_from_elsewhere_are_said_to_be(suite: Any) -> None:
     pretrain = dataclasses.replace(
         made().pretrain, dataset="mae.pth", images=0, steps=0, epochs=0, seconds=0.0
     )
-    index = rendering.pages(rendering.Source([made(pretrain=pretrain, overrides={"weights": "0123"})]))
+    index = rendered(Source([made(pretrain=pretrain, overrides={"weights": "0123"})]))
     assert '<bdi>mae.pth</bdi><span class="small">trained elsewhere</span>' in index["index.html"].decode()
 
 
@@ -690,7 +693,7 @@ def test_a_comparison_shows_what_was_reached_and_what_was_missed(suite: Any, tmp
 
 def test_comparisons_of_a_gpu_name_it_and_its_device(suite: Any) -> None:
     facts = {"cpu": "A processor", "gpu": "A GPU", "driver": "595", "cuda": "13"}
-    view = rendering.speed_views([timed(device="cuda", environment=facts, threads=1)])[0]
+    view = speeds.speed_views([timed(device="cuda", environment=facts, threads=1)])[0]
     assert (view["machine"], view["versions"]) == ("A GPU", "driver 595, cuda 13")
     assert view["command"] == "python benchmark/speed/knn.py --threads 1 --device cuda"
 
@@ -769,7 +772,7 @@ def test_a_run_shows_all_of_its_record(suite: Any, tmp_path: Path) -> None:
     content = dataclasses.asdict(run)
     for name in ("curve", "metrics", "correct", "details", "seconds", "warnings"):
         del content[name]
-    for _, value in rendering.flatten(content):
+    for _, value in words.flatten(content):
         assert value in shown or value == "[]", value
     for text in ("the loss rose", "30", "360", "94.00 to 96.00", "features", "1.2 s"):
         assert text in shown, text
@@ -777,7 +780,7 @@ def test_a_run_shows_all_of_its_record(suite: Any, tmp_path: Path) -> None:
 
 def test_hundreds_of_records_differ_only_in_number(suite: Any, tmp_path: Path) -> None:
     records = [made("alpha", 50 + i / 10, seed=i, preset=f"p{i % 20}") for i in range(300)]
-    found = rendering.pages(rendering.Source(records, []))
+    found = rendered(Source(records, []))
     assert sum(path.startswith("runs/") for path in found) == 300
     assert found["index.html"].count(b'scope="row"') == 20
 
@@ -864,7 +867,7 @@ def test_the_published_database_is_written_when_its_content_changes(suite: Any, 
 
 
 def test_a_badge_says_a_methods_usual_value_or_its_parity(everything: list[Record], tmp_path: Path) -> None:
-    pages = rendering.pages(dataclasses.replace(rendering.load(tmp_path), records=everything))
+    pages = rendered(dataclasses.replace(load(tmp_path), records=everything))
     badges = {path: text.decode() for path, text in pages.items() if path.startswith("badges/")}
 
     def texts(slug: str) -> list[str]:
@@ -915,7 +918,7 @@ def test_citations_are_sound_bibtex(suite: dict[str, registry.Card], tmp_path: P
 def test_the_front_page_as_one_file_asks_for_nothing(
     everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering, "load", lambda folder: rendering.Source(everything))
+    monkeypatch.setattr(rendering, "load", lambda folder: Source(everything))
     site = rendering.report(tmp_path, tmp_path / "site").parent
     file = rendering.single_file(tmp_path / "results", tmp_path / "mail" / "page.html")
     text = file.read_text(encoding="utf-8")

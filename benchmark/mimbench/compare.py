@@ -16,7 +16,8 @@ import numpy as np
 from mimbench import registry, stats
 from mimbench.errors import ConfigError, UnknownName
 from mimbench.record import Record, setting, stale, unpack
-from mimbench.report import compared_by, count, duration, flatten, newest_per_seed, ratio, when
+from mimbench.report.ranking import compared_by, newest_per_seed
+from mimbench.report.words import count, duration, flatten, ratio, when
 
 PER_CLASS = ("accuracy", "iou", "j", "f", "pck")  # scores by class that protocols put in a record's details
 SHOWN = 20  # classes of one table in the terminal

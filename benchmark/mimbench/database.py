@@ -565,7 +565,7 @@ def _moment(created: str) -> datetime:
 
 
 def _add_run(rows: _Rows, made: Record) -> None:
-    from mimbench.report import LOWER_IS_BETTER, compared_by
+    from mimbench.report.ranking import LOWER_IS_BETTER, compared_by
 
     pretrain, data, encoder, protocol, score = (
         *(made.pretrain, made.data, made.encoder, made.protocol, made.score),

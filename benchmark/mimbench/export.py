@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from mimbench.registry import Card
-    from mimbench.report import Row, Table
+    from mimbench.report.ranking import Row, Table
 
 DATABASE = "data/mimbench.duckdb"  # below the site's folder
 # Those of the database's view 'leaderboard' and its types; rank_to is the last place that a rank leaves open.
@@ -104,7 +104,7 @@ def badge(slug: str, protocols: Sequence[str], tables: Sequence[Table], parity: 
     several rows the one of most seeds, then of most test images, never the best. Without a value of today's
     code its parity with the authors' code is said, where that was tested.
     """
-    from mimbench.report import number
+    from mimbench.report.words import number
 
     found = [(table, row) for table in tables for row in table.rows if row.method == slug]
     order = {name: place for place, name in enumerate(protocols)}

@@ -24,6 +24,7 @@ import torch
 from mimbench import database, machine, record, registry, report
 from mimbench.errors import MimbenchError
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
+from mimbench.report import ranking, words
 from mimbench.speed import Bar, Comparison, Limit, Scale, Timing, main, measure, version
 from mimbench.task import Metric
 
@@ -117,12 +118,12 @@ def sites(folder: Path, records: list[Record]) -> tuple[Calls, list[str]]:
         raise MimbenchError("the tables of pandas lack runs")
     means = table.groupby(["method.slug", "protocol.name", "preset"])["metrics.top1.value"].mean().to_dict()
     rows = {
-        (row.method, t.protocol, row.preset): row.mean for t in report.tables(records, []) for row in t.rows
+        (row.method, t.protocol, row.preset): row.mean for t in ranking.tables(records, []) for row in t.rows
     }
     if rows.keys() != means.keys() or not all(math.isclose(rows[key], means[key]) for key in rows):
         raise MimbenchError("the means in our tables are not those that pandas computes")
     shown = (place / "index.html").read_text()
-    if any(f">{report.number(mean, '%')}<" not in shown for mean in means.values()):
+    if any(f">{words.number(mean, '%')}<" not in shown for mean in means.values()):
         raise MimbenchError("a mean is not on the front page")
     return {
         "mimbench": lambda: render(folder),

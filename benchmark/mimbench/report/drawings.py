@@ -1,0 +1,181 @@
+"""Drawings: loss curves and tables of tinted numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mimbench.record import Record
+from mimbench.report.ranking import Table
+from mimbench.report.words import count, effort, number, view_name, when
+
+CHART = (52.0, 8.0, 696.0, 194.0)  # left, top, right and bottom of a loss curve's plane, in SVG units
+POINTS = 300  # most points drawn of one curve
+SERIES = 5  # line styles that the style sheet tells apart
+
+
+def charts(runs: Iterable[Record]) -> list[dict[str, Any]]:
+    """Loss curves of pretraining: a chart per setting with a line per seed."""
+    settings: dict[tuple[str, ...], dict[int, list[tuple[float, float]]]] = {}
+    for run in sorted(runs, key=when, reverse=True):
+        curve = [(point["step"], point["loss"]) for point in run.curve if point.keys() >= {"step", "loss"}]
+        if len(curve) > 1:
+            budget = run.config.get("recipe", {}).get("budget")  # its seeds get differently far
+            trained = view_name(budget) if budget else effort([run])
+            title = (f"{run.preset} preset", run.backbone, run.pretrain.dataset, trained)
+            settings.setdefault(title, {}).setdefault(run.seed, curve)
+    return [_chart(" · ".join(filter(None, title)), by_seed) for title, by_seed in sorted(settings.items())]
+
+
+def _chart(title: str, curves: Mapping[int, list[tuple[float, float]]]) -> dict[str, Any]:
+    left, top, right, bottom = CHART
+    last_step = max(x for curve in curves.values() for x, _ in curve)
+    values = [y for curve in curves.values() for _, y in curve]
+    y_marks = ticks(min(values), max(values))
+    low, high = y_marks[0], y_marks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            round(left + (right - left) * x / (last_step or 1), 1),
+            round(bottom - (bottom - top) * (y - low) / (high - low), 1),
+        )
+
+    lines = []
+    for index, (seed, curve) in enumerate(sorted(curves.items())):
+        points = [place(x, y) for x, y in thin(curve)]
+        lines.append(
+            {
+                "label": f"seed {seed}",
+                "style": index % SERIES,
+                "points": " ".join(f"{x},{y}" for x, y in points),
+                "last": curve[-1][1],
+            }
+        )
+    first_seed = curves[min(curves)]
+    return {
+        "title": title,
+        "summary": f"loss from {number(first_seed[0][1])} to {number(first_seed[-1][1])} in {count(last_step)} steps",
+        "x_label": "step",
+        "y_ticks": [{"at": place(0, v)[1], "label": f"{v:g}"} for v in y_marks],
+        "x_ticks": [
+            {"at": place(v, low)[0], "label": count(v)} for v in ticks(0, last_step) if v <= last_step
+        ],
+        "lines": lines,
+    }
+
+
+def thin(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most ``POINTS`` points, evenly picked, the first and the last among them."""
+    if len(curve) <= POINTS:
+        return list(curve)
+    return [curve[round(i * (len(curve) - 1) / (POINTS - 1))] for i in range(POINTS)]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round marks from at or below ``low`` to at or above ``high``, about five of them."""
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(start, stop + 1)]
+
+
+def heats(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a run's details that are tables of numbers, such as accuracy per corruption and severity."""
+    found = []
+    for name, table in grids(details).items():
+        if any(isinstance(cells, Mapping) for cells in table.values()):
+            found.append(_heat(name, "", [(label, "", _named(cells)) for label, cells in table.items()]))
+        else:
+            found.append(_heat(name, "", [("", "", table)]))
+    return found
+
+
+def heats_of(table: Table) -> list[dict[str, Any]]:
+    """What the runs of a ranking say per class or per corruption: methods down, names across."""
+    lines: dict[str, list[tuple[str, str, dict[str, float | None]]]] = {}
+    averaged = set()
+    for row in table.rows:
+        held = [grids(run.details) for run in row.runs]
+        for name in dict.fromkeys(name for grid in held for name in grid):
+            seeds = [grid[name] for grid in held if name in grid]
+            if any(isinstance(cells, Mapping) for cells in seeds[0].values()):
+                averaged.add(name)
+            labels = dict.fromkeys(label for seed in seeds for label in seed)
+            cells = {
+                label: _mean([_mean(_named(seed.get(label)).values()) for seed in seeds]) for label in labels
+            }
+            lines.setdefault(name, []).append((row.method, row.href, cells))
+    note = {
+        True: "mean over seeds and over what each name holds, such as severities",
+        False: "mean over seeds",
+    }
+    return [_heat(name, note[name in averaged], rows) for name, rows in lines.items()]
+
+
+def grids(details: Mapping[str, Any], path: str = "") -> dict[str, dict[str, Any]]:
+    """The tables of ``details``, by dotted name: two or more names mapped to a number each, or to numbers each.
+
+    None stands for no number. Lists become tables numbered from 1.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in details.items():
+        if not isinstance(value, Mapping):
+            continue
+        table = {
+            label: {str(i): v for i, v in enumerate(cells, 1)} if isinstance(cells, list) else cells
+            for label, cells in value.items()
+        }
+        leaves = [leaf for cells in table.values() for leaf in _named(cells).values()]
+        if (
+            len(value) > 1
+            and any(map(_is_number, leaves))
+            and all(v is None or _is_number(v) for v in leaves)
+        ):
+            found[path + name] = table
+        else:
+            found |= grids(value, f"{path}{name}.")
+    return found
+
+
+def _named(cells: Any) -> dict[str, Any]:
+    return dict(cells) if isinstance(cells, Mapping) else {"": cells}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _heat(title: str, note: str, rows: list[tuple[str, str, dict[str, float | None]]]) -> dict[str, Any]:
+    """A table of numbers with the share of its range that each has; ``rows`` are (name, link, cells)."""
+    known = [value for *_, cells in rows for value in cells.values() if value is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    columns = list(dict.fromkeys(column for *_, cells in rows for column in cells))
+    percent = high > 1  # shares and errors below one need more decimals
+
+    def cell(value: float | None) -> dict[str, Any]:
+        share = 0.0 if value is None or high == low else (value - low) / (high - low)
+        text = number(value, "%") if percent else "–" if value is None else f"{value:.3f}"
+        return {"text": text, "share": round(share, 3)}
+
+    return {
+        "title": title.replace("_", " ").replace(".", ", "),
+        "note": note,
+        "columns": [column.replace("_", " ") for column in columns],
+        "rows": [
+            {
+                "name": name if href else name.replace("_", " "),
+                "href": href,
+                "cells": [cell(cells.get(c)) for c in columns],
+            }
+            for name, href, cells in rows
+        ],
+    }
