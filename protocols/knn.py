@@ -2,9 +2,9 @@
 
 ``dino`` is the default: cosine similarity, weights exp(similarity / 0.07), k among 10, 20, 100 and 200 (Caron et
 al., 2021). Here k is chosen by leave-one-out within the training split; the authors' code prints all four on the
-test split. The other recipes are the default settings of other libraries, to meet a number on its own ground:
-``lightly`` (KNNClassifier), ``vissl``, ``solo`` (solo-learn's offline kNN), ``sklearn`` (KNeighborsClassifier),
-``capi`` (its dense kNN with a majority vote, here on whole images).
+test split. The other recipes are the default settings of other libraries, to meet a number on its own ground;
+behind each stands where its settings are written. All of them read the same features: how a library crops or
+standardises images and features is not part of a recipe.
 
 The search is exact (``mimbench.neighbours``). Equal distances are won by the earlier training image, equal votes
 by the lower class; of values of k that do equally well the smallest is taken.
@@ -28,11 +28,30 @@ VERSION = 1
 NEEDS = ("labels",)
 RECIPES: dict[str, dict[str, Any]] = {
     "dino": {},
+    # dinov2/eval/knn.py: nb_knn 10, 20, 100, 200, temperature 0.07; each k is printed on the test split
+    "dinov2_k10": {"ks": [10]},
+    "dinov2_k20": {"ks": [20]},
+    "dinov2_k100": {"ks": [100]},
+    "dinov2_k200": {"ks": [200]},
+    # lightly/utils/benchmarking/knn.py: knn_k 200, knn_t 0.1; so in benchmarks/imagenet/resnet50/main.py
     "lightly": {"ks": [200], "temperature": 0.1},
+    # benchmarks/imagenet/vitb16/main.py: --knn-k 200, --knn-t 0.07
+    "lightly_vit": {"ks": [200]},
+    # configs/config/benchmark/nearest_neighbor/eval_resnet_8gpu_in1k_kNN.yaml: TOPK 200, SIGMA 0.1. With
+    # L2_NORM_FEATS, which that file turns off: similarities of vectors of any length are no setting here
     "vissl": {"ks": [200], "temperature": 0.1},
+    # solo/utils/knn.py, WeightedKNNClassifier: k 20, T 0.07, cosine
     "solo": {"ks": [20]},
+    # solo/methods/base.py, while it trains: knn_k 20, distance_fx "euclidean", with an epsilon of 1e-5
+    "solo_online": {"ks": [20], "metric": "euclidean", "weighting": "shifted", "temperature": 1e-5},
+    # stable_pretraining/callbacks/knn.py, OnlineKNN: k 5, euclidean, temperature 0.07; here without its queue
+    "stable_pretraining": {"ks": [5], "metric": "euclidean", "weighting": "shifted"},
+    # sklearn.neighbors.KNeighborsClassifier: n_neighbors 5, weights "uniform", metric "minkowski" with p 2
     "sklearn": {"ks": [5], "metric": "euclidean", "weighting": "uniform"},
+    # eval_segmentation.py, KNNClassifier, whose grid for patches is 1, 3, 10, 30 in "cosine" and "L2", with the
+    # most common label; here its largest k on whole images
     "capi": {"ks": [30], "weighting": "uniform"},
+    "capi_l2": {"ks": [30], "metric": "euclidean", "weighting": "uniform"},
 }
 SELECTION_SEED = 20210429  # fixes which training images k is chosen on, whatever the run's seed
 
@@ -44,8 +63,8 @@ class Settings:
     recipe: str = "dino"  # the name these settings go by
     ks: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours to choose from
     metric: Literal["cosine", "euclidean"] = "cosine"  # what makes a neighbour near
-    weighting: Literal["exponential", "uniform", "inverse"] = "exponential"  # see mimbench.neighbours.vote
-    temperature: float = 0.07  # of the exponential weighting
+    weighting: Literal["exponential", "uniform", "inverse", "shifted"] = "exponential"  # see neighbours.vote
+    temperature: float = 0.07  # of the exponential weighting; what the shifted one adds to a distance
     eval_crop: float = 1.0  # side of the central crop over the shorter side of the resized image
     selection_images: int = 10_000  # most training images that k is chosen on, each against all the others
 
@@ -55,8 +74,15 @@ class Settings:
         )
         if self.weighting == "exponential" and self.metric != "cosine":
             raise ConfigError("the exponential weighting is of similarities", "Use knn.metric=cosine")
-        if self.weighting == "inverse" and self.metric != "euclidean":
-            raise ConfigError("the inverse weighting is of distances", "Use knn.metric=euclidean")
+        if self.weighting in ("inverse", "shifted") and self.metric != "euclidean":
+            raise ConfigError(f"the {self.weighting} weighting is of distances", "Use knn.metric=euclidean")
+
+
+def idle(settings: Settings) -> tuple[str, ...]:
+    """The settings that move nothing beside the others."""
+    without_temperature = settings.weighting in ("uniform", "inverse")
+    alone = len(set(settings.ks)) == 1  # then nothing is chosen
+    return ("temperature",) * without_temperature + ("selection_images",) * alone
 
 
 @dataclass

@@ -22,7 +22,7 @@ from mimbench.errors import DataError
 from mimbench.kernels import nearest as kernel
 
 Metric = Literal["cosine", "euclidean"]
-Weighting = Literal["exponential", "uniform", "inverse"]
+Weighting = Literal["exponential", "uniform", "inverse", "shifted"]
 
 COMPILED = (
     5 * 10**8
@@ -93,7 +93,8 @@ def vote(
     """Predicted classes (Q,) for each k in ``ks``, from the first k columns of what ``nearest`` returns.
 
     Weights: ``exponential`` exp(similarity / temperature) (Wu et al., 2018, as in DINO), ``uniform`` 1,
-    ``inverse`` 1 / distance, where neighbours at distance 0 outvote all others (scikit-learn's "distance").
+    ``inverse`` 1 / distance, where neighbours at distance 0 outvote all others (scikit-learn's "distance"),
+    ``shifted`` 1 / (distance + temperature).
     Scores are summed in float64 from the nearest neighbour on; of classes with equal scores the lowest wins.
     """
     if not ks or min(ks) < 1 or max(ks) > distances.shape[1]:
@@ -120,6 +121,8 @@ def weigh(distances: Tensor, weighting: Weighting, temperature: float) -> Tensor
         return (
             (distances - distances[:, :1]) / temperature
         ).exp()  # the factor common to a query is left out
+    if weighting == "shifted":
+        return 1 / (distances + temperature)
     same = distances == 0
     return torch.where(same.any(1, keepdim=True), same.double(), 1 / distances.masked_fill(same, 1))
 

@@ -10,6 +10,8 @@ A protocol is a file in ``protocols/`` with::
     @dataclass(frozen=True)
     class Settings: ...              # everything that can move the score
 
+    def idle(settings) -> names      # optional: the settings without effect beside the others
+
     def evaluate(encoder, task, settings, context) -> Result
 
 Test labels are sealed until the protocol calls ``task.unseal()``, which also takes the training split

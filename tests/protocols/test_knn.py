@@ -33,6 +33,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
         ("uniform", "uniform", "cosine"),
         ("inverse", "distance", "euclidean"),
         ("exponential", lambda distance: np.exp((1 - distance) / 0.07), "cosine"),
+        ("shifted", lambda distance: 1 / (distance + 0.07), "euclidean"),
     ],
 )
 def test_votes_agree_with_scikit_learn(weighting: str, sklearn_weights: object, metric: str) -> None:
@@ -108,6 +109,18 @@ def test_every_recipe_is_a_valid_setting() -> None:
         chosen = config.build(knn.Settings, table | {"recipe": name})
         fitted = knn.classify(normal(30, 4), torch.arange(30) % 3, normal(5, 4), 3, chosen)
         assert fitted.predictions.shape == (5,)
+
+
+def test_idle_settings_move_nothing() -> None:
+    assert knn.idle(knn.Settings()) == ()
+    assert knn.idle(knn.Settings(ks=(5,), weighting="uniform")) == ("temperature", "selection_images")
+    train, labels, test = normal(300, 4), torch.arange(300) % 3, normal(200, 4)
+    for name, table in knn.RECIPES.items():
+        chosen = config.build(knn.Settings, table | {"recipe": name})
+        first = knn.classify(train, labels, test, 3, chosen).predictions
+        for setting in knn.idle(chosen):
+            changed = dataclasses.replace(chosen, **{setting: 3})
+            assert torch.equal(knn.classify(train, labels, test, 3, changed).predictions, first)
 
 
 class Colours(nn.Module):
