@@ -219,12 +219,18 @@ def _newest(
             f"{method} has several kinds of runs: {listed(fit)}",
             "Pick one with --protocol, --dataset and --preset, or name runs by their ids",
         )
-    last = max(fit, key=lambda run: (not stale(run), not run.overrides, when(run)))
+    last = preferred(fit)
+    return newest_per_seed(run for run in fit if alike(run) == alike(last))
 
-    def same(run: Record) -> tuple[str, ...]:
-        return setting(run), run.fingerprint, compared_by(run)
 
-    return newest_per_seed(run for run in fit if same(run) == same(last))
+def preferred(runs: Iterable[Record]) -> Record:
+    """The run that speaks for a method: a fresh one, of the preset as it is, the last."""
+    return max(runs, key=lambda run: (not stale(run), not run.overrides, when(run)))
+
+
+def alike(run: Record) -> tuple[str, ...]:
+    """What two runs share that differ by their seed alone."""
+    return setting(run), run.fingerprint, compared_by(run)
 
 
 def compare(sides: Sequence[Side]) -> Comparison:
@@ -256,7 +262,7 @@ def _pair(a: Side, b: Side) -> Pair:
         return pair
     pair.classes = _by_class(runs_a, runs_b)
     for side, runs in ((a, runs_a), (b, runs_b)):
-        pair.obstacles += dict.fromkeys(f"{side.name} {fault}" for fault in map(_unusable, runs) if fault)
+        pair.obstacles += dict.fromkeys(f"{side.name} {fault}" for fault in map(unusable, runs) if fault)
     if not pair.obstacles:
         bits = [[unpack(run.correct or "") for run in runs] for runs in (runs_a, runs_b)]
         lengths = sorted({len(row) for rows in bits for row in rows})
@@ -302,8 +308,8 @@ def _other_yardstick(a: Record, b: Record) -> list[str]:
     return [f"other fingerprint: {', '.join([*found, *differ])}"]
 
 
-def _unusable(run: Record) -> str | None:
-    """Why a run cannot be compared item by item, or None."""
+def unusable(run: Record) -> str | None:
+    """Why a run cannot be compared item by item, or None. Raises ResultsError for a damaged list of its items."""
     if run.correct is None:
         return f"has no per-image correctness of {run.primary}"
     bits = unpack(run.correct)

@@ -17,6 +17,7 @@ from mimbench.report.ranking import Table, reported_view, tables, view_order
 from mimbench.report.source import Source
 from mimbench.report.speeds import speed_views
 from mimbench.report.words import (
+    INVISIBLE,
     count,
     day,
     duration,
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     import jinja2
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg")
-# Characters that are invisible or turn the text around them; pages show their codes instead.
-_UNSEEN = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-INVISIBLE = {code: f"\\u{code:04x}" for code in _UNSEEN}
 
 
 def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
