@@ -167,8 +167,8 @@ def run_id(
 ) -> str:
     """The name of a run: the same for the same request, whatever the code, the machine and the day."""
     return config.digest(
-        *("run", method, preset, _without_home(dict(overrides)), _without_home(pretrain_dataset)),
-        *(protocol, recipe, _without_home(dataset), seed),
+        *("run", method, preset, without_home(dict(overrides)), without_home(pretrain_dataset)),
+        *(protocol, recipe, without_home(dataset), seed),
     )
 
 
@@ -179,7 +179,7 @@ def fingerprint(protocol: ProtocolUsed, data: DataUsed, encoder: EncoderUsed) ->
     named in its row, and a ViT that reads a token ranks beside a network that averages a map.
     """
     return config.digest(
-        *("score", protocol.name, protocol.version, _without_home(protocol.settings)),
+        *("score", protocol.name, protocol.version, without_home(protocol.settings)),
         *(data.fingerprint, encoder.input_size),
     )
 
@@ -277,7 +277,7 @@ def write(record: Record, folder: Path) -> Path:
 
 def dumps(record: Record) -> str:
     """A record as JSON: sorted keys, floats that read back to the same bits. Refuses NaN and infinities."""
-    content = _without_home(dataclasses.asdict(record))
+    content = without_home(dataclasses.asdict(record))
     _refuse_non_finite(content, "")
     try:
         return json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n"
@@ -380,7 +380,7 @@ def write_text(file: Path, text: str) -> None:
 
 def _rescue(record: Record) -> str:
     """Keeps what ``write`` could not; a sentence that says where it is."""
-    text = json.dumps(_without_home(dataclasses.asdict(record)), indent=1, default=repr, skipkeys=True) + "\n"
+    text = json.dumps(without_home(dataclasses.asdict(record)), indent=1, default=repr, skipkeys=True) + "\n"
     file = place(record, paths.cache() / "unsaved")
     try:
         write_text(file, text)
@@ -390,15 +390,15 @@ def _rescue(record: Record) -> str:
     return f"The record is kept in {file}"
 
 
-def _without_home(value: Any) -> Any:
+def without_home(value: Any) -> Any:
     """Strings with the user's home folder written as ``~``, at any depth of tables and lists."""
     if isinstance(value, str):
         home = Path.home()
         return value.replace(str(home), "~") if len(home.parts) > 1 else value
     if isinstance(value, dict):
-        return {key: _without_home(item) for key, item in value.items()}
+        return {key: without_home(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_home(item) for item in value]
+        return [without_home(item) for item in value]
     return value
 
 

@@ -19,7 +19,7 @@ from mimbench.data.split import HOLDOUT_SEED
 from mimbench.errors import ConfigError, DataError, UnknownName
 from mimbench.logistic import Problem
 from mimbench.progress import Progress, quiet
-from mimbench.task import Metric
+from mimbench.task import Metric, Result
 
 PROTOCOLS = ("knn", "linear")  # those that read nothing but features
 ARRAYS = ("train", "train_labels", "test", "test_labels")
@@ -98,11 +98,11 @@ def score(
     ``pred/knn_cosine_k10_T0.07``, ``pred/knn_euclid_k5_uniform``, ``pred/knn_euclid_k20_distance`` or
     ``pred/linear_C0.01``, exactly these settings of the protocols asked for are run too and compared.
     """
-    choices = _choices(protocols, config.parse_overrides(overrides))
+    chosen = choices(protocols, config.parse_overrides(overrides))
     arrays = read(file)
     show = progress or quiet()
-    results = [_run(name, settings, arrays, device, show) for name, settings in choices]
-    return results, _compare(arrays, {name for name, _ in choices}, device, show)
+    results = [_run(name, settings, arrays, device, show) for name, settings in chosen]
+    return results, _compare(arrays, {name for name, _ in chosen}, device, show)
 
 
 def read(file: Path) -> Arrays:
@@ -171,9 +171,12 @@ def _objectives(file: Path) -> dict[float, float]:
         raise DataError(f"{file} cannot be read: {fault!r}") from None
 
 
-def _choices(protocols: Sequence[str], overrides: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Each protocol with its settings."""
-    chosen = []
+def choices(protocols: Sequence[str], overrides: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Each protocol of ``protocols`` ("knn", "knn:sklearn") by name, with its settings.
+
+    Raises UnknownName and ConfigError for what does not exist, or needs more than features.
+    """
+    found = []
     for text in protocols:
         name, _, recipe = text.partition(":")
         if name not in PROTOCOLS:
@@ -189,25 +192,33 @@ def _choices(protocols: Sequence[str], overrides: dict[str, Any]) -> list[tuple[
         settings = config.build(module.Settings, table, name)
         if getattr(settings, "solver", "lbfgs") != "lbfgs":
             raise ConfigError(f"{name}:{recipe} trains on images, not only features", f"Use {name}:cached")
-        chosen.append((name, settings))
+        found.append((name, settings))
     for name in overrides:
-        if name not in {name for name, _ in chosen}:
+        if name not in {name for name, _ in found}:
             raise ConfigError(f"a setting of '{name}' was given", "Write PROTOCOL.KEY=VALUE")
-    return chosen
+    return found
 
 
-def _run(name: str, settings: Any, arrays: Arrays, device: torch.device | str, progress: Progress) -> Scored:
+def evaluate(
+    name: str, settings: Any, arrays: Arrays, device: torch.device | str, progress: Progress
+) -> Result:
+    """What a protocol finds on the features of a file."""
     module = registry.load_protocol(name)
     classes = arrays.num_classes
     given = (arrays.train, arrays.train_labels, arrays.test, classes)
     if name == "knn":
-        result = module.result(module.classify(*given, settings, device), arrays.test_labels)
-    else:
-        n = len(arrays.train)
-        order = torch.randperm(n, generator=seeds.generator("cpu", HOLDOUT_SEED, "features"))
-        validation = order[: max(1, round(n * settings.holdout))] if n > 1 else order[:0]
-        fitted = module.classify(*given, validation, settings, device, progress)
-        result = module.result(fitted, arrays.test_labels, [str(number) for number in range(classes)])
+        found: Result = module.result(module.classify(*given, settings, device), arrays.test_labels)
+        return found
+    n = len(arrays.train)
+    order = torch.randperm(n, generator=seeds.generator("cpu", HOLDOUT_SEED, "features"))
+    validation = order[: max(1, round(n * settings.holdout))] if n > 1 else order[:0]
+    fitted = module.classify(*given, validation, settings, device, progress)
+    found = module.result(fitted, arrays.test_labels, [str(number) for number in range(classes)])
+    return found
+
+
+def _run(name: str, settings: Any, arrays: Arrays, device: torch.device | str, progress: Progress) -> Scored:
+    result = evaluate(name, settings, arrays, device, progress)
     return Scored(
         name,
         settings.recipe,
