@@ -78,6 +78,63 @@ def test_seed_interval_is_students() -> None:
     assert stats.seed_interval([5.0, 5.0]) == (5.0, 5.0, 5.0)
 
 
+@given(
+    st.lists(st.integers(0, 1000), min_size=2, max_size=8),
+    st.floats(0, 100),
+    st.floats(0.01, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_equivalence_is_two_one_sided_tests(tenths: list[int], number: float, margin: float) -> None:
+    values = [tenth / 10 for tenth in tenths]
+    found = stats.equivalence(values, number, margin)
+    assert found.difference == pytest.approx(np.mean(values) - number)
+    if len(set(values)) == 1:
+        distance = abs(values[0] - number) - margin
+        assert (found.low, found.high) == pytest.approx((found.difference, found.difference))
+        if abs(distance) > 1e-9:
+            assert (found.p_within < 0.5, found.p_beyond < 0.5) == (distance < 0, distance > 0)
+        return
+    above = scipy.stats.ttest_1samp(values, number - margin, alternative="greater")
+    below = scipy.stats.ttest_1samp(values, number + margin, alternative="less")
+    assert found.p_within == pytest.approx(max(above.pvalue, below.pvalue), abs=1e-12)
+    # Reproduced where the 90 % interval lies within the margin, different where the 95 % interval lies beyond.
+    ninety = scipy.stats.ttest_1samp(values, number).confidence_interval(0.90)
+    assert (found.low, found.high) == pytest.approx((ninety.low - number, ninety.high - number), abs=1e-9)
+    assert (found.p_within < 0.05) == (max(-found.low, found.high) < margin)
+    _, low, high = stats.seed_interval(values)
+    assert low is not None
+    assert high is not None
+    assert (found.p_beyond < 0.05) == (low > number + margin or high < number - margin)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("scatter", [0.1, 0.4, 1.5])
+def test_equivalence_is_rarely_claimed_at_the_margins_edge(seeds: int, scatter: float) -> None:
+    draw = np.random.default_rng(seeds)
+
+    def rates(truth: float) -> tuple[float, float]:
+        found = [stats.equivalence(row, 60, 1) for row in draw.normal(60 + truth, scatter, (4000, seeds))]
+        within = np.mean([each.p_within < stats.ALPHA for each in found])
+        return float(within), float(np.mean([each.p_beyond < stats.ALPHA for each in found]))
+
+    slack = 3 * (0.05 * 0.95 / 4000) ** 0.5
+    for edge in (-1, 1):
+        within, beyond = rates(edge)
+        assert within < 0.05 + slack
+        assert beyond < 0.025 + slack
+    assert rates(2.5)[0] < 0.01
+    within, beyond = rates(0)
+    assert beyond < 0.025
+    if scatter == 0.1:
+        assert within > (0.7 if seeds == 2 else 0.99)
+        assert rates(2.5)[1] > (0.6 if seeds == 2 else 0.99)
+
+
+def test_equivalence_needs_two_values() -> None:
+    with pytest.raises(DataError, match="two values"):
+        stats.equivalence([60.0], 60, 1)
+
+
 def test_mcnemars_test_is_the_binomial_test_of_discordant_items() -> None:
     draw = np.random.default_rng(8)
     for _ in range(30):

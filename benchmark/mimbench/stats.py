@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Z = 1.959963984540054  # the normal distribution's 97.5 % point
+ALPHA = 0.05  # the level of tests
 _CHUNK = 4_000_000  # resampled indices held at once
 
 
@@ -79,6 +80,39 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 
     half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """How far the mean of some values is from a fixed number, and whether by more than a margin."""
+
+    difference: float  # mean - number
+    low: float  # the 90 % interval of the difference: within the margin at both ends where p_within < 0.05
+    high: float
+    p_within: float  # of a difference as large as the margin or larger: two one-sided tests
+    p_beyond: float  # of a difference as large as the margin or smaller, two-sided
+
+
+def equivalence(values: Sequence[float], number: float, margin: float) -> Equivalence:
+    """Tests by Student's t whether the mean that ``values`` are drawn from lies within ``margin`` of ``number``.
+
+    ``p_within`` is that of Schuirmann's two one-sided tests (J. Pharmacokinet. Biopharm. 15, 1987). ``p_beyond``
+    is below 0.05 where the 95 % interval of the mean lies wholly beyond the margin. Values that are all equal
+    decide without doubt. Raises DataError for fewer than two values.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    if len(values) < 2:
+        raise DataError("a test of equivalence needs two values or more")
+    df, difference = len(values) - 1, float(np.mean(values)) - number
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if not error:
+        distance = abs(difference) - margin
+        return Equivalence(difference, difference, difference, float(distance >= 0), float(distance <= 0))
+    p_within = float(stdtr(df, (abs(difference) - margin) / error))
+    p_beyond = min(1.0, 2 * float(stdtr(df, (margin - abs(difference)) / error)))
+    half = float(stdtrit(df, 1 - ALPHA)) * error
+    return Equivalence(difference, difference - half, difference + half, p_within, p_beyond)
 
 
 @dataclass(frozen=True)

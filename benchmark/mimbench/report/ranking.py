@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mimbench import config, registry, reported
+from mimbench import config, registry, reported, verdict
 from mimbench.record import Record, setting, stale
 from mimbench.report.words import EPOCHS, effort, flatten, how, number, page_name, when
 
@@ -268,19 +268,18 @@ def _set_beside(row: Row, table: Table, papers: Sequence[reported.Row]) -> None:
 
 def differences(row: Row, table: Table, theirs: reported.Row) -> list[str]:
     """In what a reported number's setting is not ours, or not known to be; empty where a gap has meaning."""
-    pairs = {
-        "metric": (table.metric, theirs["metric"]),
-        "evaluation data": (table.data, theirs["dataset"]),
-        "pretraining data": (row.dataset, theirs["pretrain_data"]),
-        "backbone": (row.backbone, theirs["backbone"]),
-        "image size": (str(row.runs[0].encoder.input_size), theirs["image_size"]),
-        # A paper evaluates by its own recipe: ours is that one where it bears the paper's name.
-        "recipe": (table.recipe, theirs["method"]),
-    }
-    found = [name for name, (our, their) in pairs.items() if _plain(our) != _plain(their)]
-    found += ["epochs"] if row.epochs != theirs["pretrain_epochs"] else []
-    found += ["unit"] if row.unit != theirs["unit"] else []
-    return found
+    ours = verdict.Setting(
+        metric=table.metric,
+        data=table.data,
+        pretrain_data=row.dataset,
+        backbone=row.backbone,
+        image_size=row.runs[0].encoder.input_size,
+        recipe=table.recipe,
+        epochs=row.epochs,
+        unit=row.unit,
+        changed=verdict.changed(row.runs[0].overrides),
+    )
+    return list(verdict.differences(ours, theirs))
 
 
 def reported_view(theirs: reported.Row) -> dict[str, Any]:
@@ -295,9 +294,3 @@ def reported_view(theirs: reported.Row) -> dict[str, Any]:
         "pretraining": ", ".join(filter(None, pretraining)),
         "setting": ", ".join(filter(None, context)),
     }
-
-
-def _plain(name: str | None) -> str:
-    """A name without case and punctuation: cifar-10 and cifar10 are one data set."""
-    plain = re.sub(r"[^a-z0-9]", "", (name or "").lower())
-    return {"imagenet": "imagenet1k"}.get(plain, plain)
