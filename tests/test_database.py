@@ -394,7 +394,7 @@ def _scored(method: str, values: list[float], **changes: Any) -> list[Record]:
     ]
 
 
-def test_the_leaderboard_averages_seeds_and_shares_ranks_where_intervals_overlap(folder: Path) -> None:
+def test_the_leaderboard_averages_seeds_best_first(folder: Path) -> None:
     mae, simmim = [61.0, 62.5, 60.2], [70.0, 70.1, 69.9]
     for run in [*_scored("mae", mae), *_scored("simmim", simmim), *_scored("random_init", [40.0])]:
         record.write(run, folder)
@@ -406,19 +406,19 @@ def test_the_leaderboard_averages_seeds_and_shares_ranks_where_intervals_overlap
     database.update(folder)
     board = ask(
         folder,
-        "SELECT rank, method, preset, seeds, mean, low, high FROM leaderboard WHERE dataset = 'cifar10'",
+        "SELECT method, preset, seeds, mean, low, high FROM leaderboard WHERE dataset = 'cifar10'",
     )
-    assert [row[:4] for row in board] == [
-        *((1, "simmim", "cifar", 3), (2, "mae", "cifar", 3), (2, "mae", "smoke", 1)),
-        (None, "random_init", "cifar", 1),
+    assert [row[:3] for row in board] == [
+        *(("simmim", "cifar", 3), ("mae", "cifar", 3), ("mae", "smoke", 1)),
+        ("random_init", "cifar", 1),
     ]
     reference = scipy.stats.ttest_1samp(mae, 0).confidence_interval(0.95)
-    assert board[1][4:] == pytest.approx((sum(mae) / 3, reference.low, reference.high))
-    assert board[2][4:] == (55.0, 50.5, 59.5)
-    assert ask(folder, "SELECT rank FROM leaderboard WHERE dataset = 'cifar10-x'") == [(1,)]
+    assert board[1][3:] == pytest.approx((sum(mae) / 3, reference.low, reference.high))
+    assert board[2][3:] == (55.0, 50.5, 59.5)
+    assert ask(folder, "SELECT method FROM leaderboard WHERE dataset = 'cifar10-x'") == [("mae",)]
 
 
-def test_the_leaderboard_ranks_each_budget_and_epochs_apart(folder: Path) -> None:
+def test_the_leaderboard_holds_each_budget_and_epochs_apart(folder: Path) -> None:
     for budget in (None, "2m", "200000img"):
         recipe = {"recipe": {"epochs": 100.0, "budget": budget}}
         for method, value in (("mae", 61.0), ("simmim", 80.0)):
@@ -428,30 +428,28 @@ def test_the_leaderboard_ranks_each_budget_and_epochs_apart(folder: Path) -> Non
     floor = dataclasses.replace(make_record().pretrain, images=0, steps=0, epochs=0.0, seconds=0.0)
     record.write(make_record(method="random_init", score=10.0, pretrain=floor), folder)
     database.update(folder)
-    board = ask(
-        folder, "SELECT compared_by, rank, method, budget, precision, compiled, images FROM leaderboard"
-    )
+    board = ask(folder, "SELECT compared_by, method, budget, precision, compiled, images FROM leaderboard")
     expected = []
     for view, budget in (
         ("epochs", None),
         ("200000img", "200000img"),
         ("2m on an unnamed processor, threads: None", "2m"),
     ):
-        rows = [(1, "simmim", budget), (2, "mae", budget)]
+        rows = [("simmim", budget), ("mae", budget)]
         expected += [(view, *row, "fp32", True, 4500) for row in rows]
-        expected.append((view, None, "random_init", None, "fp32", True, 0))
+        expected.append((view, "random_init", None, "fp32", True, 0))
     assert board == expected
     assert ask(folder, "SELECT compared_by, count(*) FROM runs GROUP BY ALL ORDER BY ALL") == [
         *(("200000img", 2), ("2m on an unnamed processor, threads: None", 2), ("epochs", 3))
     ]
 
 
-def test_where_lower_is_better_the_lowest_ranks_first(folder: Path) -> None:
+def test_where_lower_is_better_the_lowest_comes_first(folder: Path) -> None:
     for method, value in (("mae", 50.0), ("simmim", 70.0)):
         metrics = {"mce": Metric(value, value - 1, value + 1, 400)}
         record.write(make_record(method=method, metrics=metrics, primary="mce"), folder)
     database.update(folder)
-    assert ask(folder, "SELECT rank, method FROM leaderboard") == [(1, "mae"), (2, "simmim")]
+    assert ask(folder, "SELECT method FROM leaderboard") == [("mae",), ("simmim",)]
 
 
 def test_stale_runs_are_marked_when_code_changes_and_leave_the_means(

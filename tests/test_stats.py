@@ -320,3 +320,27 @@ def test_a_perfect_order_of_few_is_no_certainty() -> None:
     for x, y in (([1, 2], [1]), ([1, 1, 1], [1, 2, 3]), ([], [])):
         with pytest.raises(DataError):
             stats.kendall(x, y)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_all_pairs_at_once_have_the_p_values_of_each_pair_alone(seeds: int) -> None:
+    draw = np.random.default_rng(seeds)
+    ease = draw.normal(size=400)
+    skill = np.array([0.0, 0.05, 0.3, 0.3, 1.5, 4.0])
+    correct = ease + skill[:, None, None] + draw.normal(size=(6, seeds, 400)) > 0
+    correct[3] = correct[2]  # no difference at all
+    found = stats.pairwise(correct)
+    expected = [[stats.paired(a, b).p for b in correct] for a in correct]
+    assert found == pytest.approx(np.array(expected), rel=1e-4, abs=1e-290)
+    assert found.min() < 0.01
+    assert found[2, 3] == 1
+
+
+def test_means_without_items_in_common_are_tested_by_seeds_or_by_their_intervals() -> None:
+    a, b = [71.0, 72.5, 70.1], [74.0, 73.2, 75.5]
+    assert stats.unpaired(a, b) == pytest.approx(scipy.stats.ttest_ind(a, b, equal_var=False).pvalue)
+    # A difference of 1.96 standard errors of sqrt(1 + 1) has p = 0.05.
+    assert stats.unpaired([50.0], [50.0 + 2**0.5 * stats.Z], stats.Z, stats.Z) == pytest.approx(0.05)
+    assert stats.unpaired([50.0], b, 1.0) is None
+    assert stats.unpaired([50.0], [51.0]) is None
+    assert (stats.unpaired([1.0, 1.0], [1.0, 1.0]), stats.unpaired([1.0, 1.0], [2.0, 2.0])) == (1, 0)

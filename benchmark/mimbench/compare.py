@@ -16,7 +16,7 @@ import numpy as np
 from mimbench import registry, stats
 from mimbench.errors import ConfigError, UnknownName
 from mimbench.record import Record, setting, stale, unpack
-from mimbench.report.ranking import compared_by, newest_per_seed
+from mimbench.report.ranking import compared_by, machine, newest_per_seed
 from mimbench.report.words import count, duration, flatten, ratio, when
 
 PER_CLASS = ("accuracy", "iou", "j", "f", "pck")  # scores by class that protocols put in a record's details
@@ -340,7 +340,7 @@ def _set_cost(pair: Pair, a: Side, b: Side) -> None:
         pair.cost_note = f"nothing was pretrained here for {' and '.join(idle)}"
         return
     pair.images = _mean(a, "images") / _mean(b, "images")
-    machines = {_machine(run) for run in (*a.runs, *b.runs)}
+    machines = {machine(run) for run in (*a.runs, *b.runs)}
     if len(machines) > 1:
         pair.cost_note = f"device times are of different machines: {' and '.join(sorted(machines))}"
     elif (theirs := _mean(b, "device_seconds")) > 0:
@@ -349,13 +349,6 @@ def _set_cost(pair: Pair, a: Side, b: Side) -> None:
 
 def _mean(side: Side, name: str) -> float:
     return statistics.mean(float(getattr(run.pretrain, name)) for run in side.runs)
-
-
-def _machine(run: Record) -> str:
-    facts = run.environment
-    if facts.get("device") != "cpu" and facts.get("gpu"):
-        return str(facts["gpu"])
-    return f"{facts.get('cpu') or 'an unnamed processor'}, threads: {facts.get('threads')}"
 
 
 def _notes(sides: Sequence[Side], pairs: Sequence[Pair]) -> list[str]:

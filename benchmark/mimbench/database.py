@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-LAYOUT = 3  # raised with every change of a table or a view
+LAYOUT = 4  # raised with every change of a table or a view
 NAME = "mimbench.duckdb"
 PATIENCE = 30.0  # seconds to wait for another program that holds the lock or the database
 
@@ -126,8 +126,8 @@ QUALIFY row_number() OVER (
     PARTITION BY setting, fingerprint, recipe, dataset, compared_by, seed ORDER BY created DESC, id
 ) = 1;
 
--- A row per setting; ranks only within one way of scoring and one rule of training (by epochs, or a budget),
--- shared where intervals overlap. A floor was trained by no rule and stands under each.
+-- A row per setting, best first within one way of scoring and one rule of training (by epochs, or a budget). Ranks
+-- need paired tests: the report and its CSV have them. A floor was trained by no rule and stands under each.
 CREATE VIEW leaderboard AS
 WITH known AS (
     SELECT latest.*, coalesce(papers.baseline, false) AS baseline,
@@ -159,15 +159,8 @@ WITH known AS (
         CASE WHEN seeds = 1 THEN run_high ELSE mean + coalesce(t, 1.96) * error END AS high
     FROM means LEFT JOIN student ON df = seeds - 1
 )
-SELECT protocol, recipe, dataset, metric, compared_by,
-    CASE WHEN NOT baseline THEN 1 + (
-        SELECT count(*) FROM ends AS o
-        WHERE o.protocol = e.protocol AND o.recipe = e.recipe AND o.dataset = e.dataset
-            AND o.fingerprint = e.fingerprint AND o.metric = e.metric AND o.compared_by = e.compared_by
-            AND NOT o.baseline
-            AND CASE WHEN e.lower_is_better THEN o.high < e.low ELSE o.low > e.high END
-    ) END AS rank,
-    method, preset, mean, low, high, unit, seeds, n, backbone, pretrain_dataset, budget, epochs, images,
+SELECT protocol, recipe, dataset, metric, compared_by, method, preset,
+    mean, low, high, unit, seeds, n, backbone, pretrain_dataset, budget, epochs, images,
     pretrain_seconds, precision, compiled, input_size, stale, fingerprint, setting
 FROM ends AS e
 ORDER BY protocol, dataset, recipe, fingerprint, metric, compared_by <> 'epochs', compared_by,

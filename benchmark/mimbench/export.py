@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mimbench.report.ranking import Row, Table
 
 DATABASE = "data/mimbench.duckdb"  # below the site's folder
-# Those of the database's view 'leaderboard' and its types; rank_to is the last place that a rank leaves open.
+# Those of the database's view 'leaderboard' and its types, with the first and the last place that tests leave open.
 COLUMNS = {
     **dict.fromkeys(("protocol", "recipe", "dataset", "metric", "compared_by"), "VARCHAR"),
     **dict.fromkeys(("rank", "rank_to"), "BIGINT"),

@@ -76,9 +76,9 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     mean = float(np.mean(values))
     if len(values) == 1:
         return mean, None, None
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
@@ -192,6 +192,77 @@ def _over_seeds_and_items(table: np.ndarray) -> tuple[float, float]:
     if half(least) <= abs(mean):
         return half(math.log(0.05)), 0.0
     return half(math.log(0.05)), math.exp(brentq(lambda p: half(p) - abs(mean), least, 0.0))
+
+
+def pairwise(correct: np.ndarray) -> np.ndarray:
+    """The p values of ``paired`` for all pairs of M methods at once: (M, M), symmetric, 1 on the diagonal.
+
+    ``correct`` (M, S, N) bool holds what each has right, by seed and test item; all of one set of seeds and items.
+    """
+    from scipy.stats import binom
+
+    methods, seeds, n = correct.shape
+    flat = correct.reshape(methods, -1).astype(np.float32)
+    both = (flat @ flat.T).astype(np.float64)  # exact: a count below 2^24
+    only = np.diag(both)[:, None] - both  # what the first has right and the second has not
+    if seeds == 1:
+        return np.minimum(1.0, 2 * binom.cdf(np.minimum(only, only.T), only + only.T, 0.5))
+    by_seed, by_item = correct.mean(2), correct.mean(1)
+    mean = by_seed.mean(1)[:, None] - by_seed.mean(1)
+    gram = by_item @ by_item.T
+    item_squares = np.maximum(np.diag(gram)[:, None] + np.diag(gram) - 2 * gram, 0.0)
+    seed_squares = np.zeros_like(gram)
+    for column in by_seed.T:
+        seed_squares += (column[:, None] - column) ** 2
+    rest = only + only.T - seeds * item_squares - n * seed_squares + n * seeds * mean**2
+    noise = np.maximum(rest, 0.0) / ((seeds - 1) * (n - 1) * n * seeds)
+    of_seeds = np.maximum(seed_squares - seeds * mean**2, 0.0) / (seeds - 1) / seeds
+    of_items = np.maximum((item_squares - n * mean**2) / (n - 1) / n - noise, 2 / (n + 2) ** 2)
+    return _p_of_sum(np.abs(mean), of_seeds, of_items, seeds - 1)
+
+
+def _p_of_sum(mean: np.ndarray, of_seeds: np.ndarray, of_items: np.ndarray, df: int) -> np.ndarray:
+    """Where the half width of ``_over_seeds_and_items`` reaches each mean: looked up, as a root each takes too long."""
+    from scipy.special import ndtri, stdtrit
+
+    log_p = -(np.linspace(0.0, math.sqrt(700.0), 1 << 14) ** 2)  # dense where decisions fall
+    tail = np.exp(log_p) / 2
+    of_t = np.maximum(stdtrit(df, tail), -1e150) ** 2
+    of_z = ndtri(tail) ** 2
+    wanted = mean**2
+    low, high = np.zeros(mean.shape, np.int64), np.full(mean.shape, len(log_p) - 1)
+    while (high - low).max() > 1:
+        middle = (low + high) // 2
+        wide = of_t[middle] * of_seeds + of_z[middle] * of_items >= wanted
+        low, high = np.where(wide, low, middle), np.where(wide, middle, high)
+    ends = [of_t[i] * of_seeds + of_z[i] * of_items for i in (low, high)]
+    share = np.clip((wanted - ends[0]) / np.maximum(ends[1] - ends[0], 1e-300), 0.0, 1.0)
+    return np.where(ends[1] < wanted, 0.0, np.exp(log_p[low] + share * (log_p[high] - log_p[low])))
+
+
+def unpaired(
+    a: Sequence[float], b: Sequence[float], half_a: float | None = None, half_b: float | None = None
+) -> float | None:
+    """The p value of no difference between the means of ``a`` and ``b``, values of a seed each.
+
+    Two seeds or more on both sides: Welch's t test. One on both: the normal distribution with the half widths of
+    their 95 % intervals over test items. Anything else cannot be tested: None.
+    """
+    from scipy.special import ndtr, stdtr
+
+    if len(a) > 1 and len(b) > 1:
+        parts = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
+        error = math.sqrt(sum(parts))
+        distance = abs(float(np.mean(a)) - float(np.mean(b)))
+        if not error:
+            return float(distance == 0)
+        # Welch's degrees of freedom (Biometrika 34, 1947)
+        df = error**4 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
+        return 2 * float(stdtr(df, -distance / error))
+    if len(a) == len(b) == 1 and half_a is not None and half_b is not None:
+        error = math.hypot(half_a, half_b) / Z
+        return 2 * float(ndtr(-abs(a[0] - b[0]) / error)) if error else float(a[0] == b[0])
+    return None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -44,6 +44,7 @@ def made(number: int) -> Record:
     slug, protocol, preset = METHODS[which], protocols[scored], f"p{rest}"
     value = 50 + 5 * which + rest % 7 + draw.normal()
     correct = draw.random(10_000) < value / 100
+    value = 100 * float(correct.mean())
     return Record(
         command=f"mimbench run --method {slug} --protocol {protocol} --dataset cifar10 --preset {preset} --seed {seed}",
         method=MethodUsed(slug, record.method_code(slug)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mimbench.record import Record
@@ -63,6 +63,101 @@ def _chart(title: str, curves: Mapping[int, list[tuple[float, float]]]) -> dict[
         ],
         "lines": lines,
     }
+
+
+PLANE = (46.0, 8.0, 350.0, 190.0)  # left, top, right and bottom of a scatter plot's plane, in SVG units
+TIMES = [
+    (size * n, f"{n} {unit}")
+    for size, unit, counts in (
+        (1, "s", (1, 2, 5, 10, 20)),
+        (60, "min", (0.5, 1, 2, 5, 10, 20)),
+        (3600, "h", (0.5, 1, 2, 5, 10, 20, 50, 100)),
+    )
+    for n in counts
+]
+LETTER = 5.6  # about the width of a letter of a label, in SVG units
+
+
+def scatter(
+    *,
+    title: str,
+    note: str,
+    x_label: str,
+    y_label: str,
+    points: Sequence[Mapping[str, Any]],
+    times: bool = False,
+    front: Collection[str] = (),
+) -> dict[str, Any]:
+    """A plane of points with intervals upwards; ``front`` holds the keys of those that a line joins.
+
+    ``times``: x is in seconds, on a logarithmic scale.
+
+    A point has key, name, href, label, x, y, low, high and role. Names are written where no other is in the way,
+    those of the front first; every point says its name when pointed at.
+    """
+    left, top, right, bottom = PLANE
+    across = [math.log10(p["x"]) if times else p["x"] for p in points]
+    upwards = [v for p in points for v in (p["y"], p["low"], p["high"]) if v is not None]
+    y_marks = ticks(min(upwards), max(upwards))
+    low, high = y_marks[0], y_marks[-1]
+    room = 0.04 * (max(across) - min(across)) or 0.5
+    first, last = min(across) - room, max(across) + room
+
+    def x_at(value: float) -> float:
+        return round(left + (right - left) * (value - first) / (last - first), 1)
+
+    def y_at(value: float) -> float:
+        return round(bottom - (bottom - top) * (value - low) / (high - low), 1)
+
+    if times:
+        inside = [mark for mark in TIMES if first <= math.log10(mark[0]) <= last]
+        x_ticks = [{"at": x_at(math.log10(seconds)), "label": label} for seconds, label in inside]
+    else:
+        x_ticks = [{"at": x_at(m), "label": f"{m:g}"} for m in ticks(first, last) if first <= m <= last]
+    drawn = [
+        {
+            **{name: p[name] for name in ("name", "href", "label", "role")},
+            **{"x": x_at(x), "y": y_at(p["y"]), "front": p["key"] in front, "text": None},
+            **{"low": None if p["low"] is None else y_at(p["low"])},
+            **{"high": None if p["high"] is None else y_at(p["high"])},
+        }
+        for p, x in zip(points, across, strict=True)
+    ]
+    drawn.sort(key=lambda p: (p["x"], p["y"], p["name"]))
+    _label(drawn)
+    line = " ".join(f"{p['x']},{p['y']}" for p in drawn if p["front"])
+    return {
+        **{"title": title, "note": note, "x_label": x_label, "y_label": y_label, "points": drawn},
+        **{"line": line, "x_ticks": x_ticks},
+        "y_ticks": [{"at": y_at(v), "label": f"{v:g}"} for v in y_marks],
+    }
+
+
+def _label(points: Sequence[dict[str, Any]]) -> None:
+    """Writes names beside points, where neither a point nor another name is in the way."""
+    left, top, right, bottom = PLANE
+    taken = [(p["x"] - 3, p["y"] - 3, p["x"] + 3, p["y"] + 3) for p in points]
+    taken += [
+        (p["x"] - 1, p["high"], p["x"] + 1, p["low"]) for p in points if None not in (p["low"], p["high"])
+    ]
+    for p in sorted(points, key=lambda p: not p["front"]):
+        wide = LETTER * len(p["name"])
+        for anchor, dx, dy in (
+            ("start", 6, 3.5),
+            ("end", -6, 3.5),
+            ("start", 3, -6),
+            ("end", -3, -6),
+            ("start", 3, 12),
+            ("end", -3, 12),
+        ):
+            x = p["x"] + dx - (wide if anchor == "end" else 0)
+            box = (x, p["y"] + dy - 8, x + wide, p["y"] + dy + 2)
+            inside = left < box[0] and box[2] < right + 6 and top - 6 < box[1] and box[3] < bottom
+            free = all(box[2] <= b[0] or b[2] <= box[0] or box[3] <= b[1] or b[3] <= box[1] for b in taken)
+            if inside and free:
+                p["text"] = {"x": round(p["x"] + dx, 1), "y": round(p["y"] + dy, 1), "anchor": anchor}
+                taken.append(box)
+                break
 
 
 def thin(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mimbench import export, paths, registry, reported
 from mimbench.certificate import Certificate
 from mimbench.record import Record, place, stale
+from mimbench.report.board import boards, choices
+from mimbench.report import comparing
 from mimbench.report.drawings import charts, grids, heats, heats_of
 from mimbench.report.ranking import Table, reported_view, tables, view_order
 from mimbench.report.source import Source
@@ -28,6 +30,7 @@ from mimbench.report.words import (
     page_name,
     prose,
     ratio,
+    short,
     signed,
     view_name,
     when,
@@ -69,13 +72,16 @@ def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
         found[path] = environment.get_template(template).render(shared, **view).encode()
 
     sections = [_section(name, [t for t in ranked if t.protocol == name]) for name in names]
-    views = sorted({table.view for table in ranked}, key=view_order)
     shown = [section for section in sections if section["tables"]]
-    add("index.html", "index.html", sections=shown, views=views, faults=source.faults)
+    held = boards(ranked, source.papers, proofs)
+    add("index.html", "index.html", sections=shown, boards=held, choices=choices(held), faults=source.faults)
     if alone:
         return {"index.html": export.unlink(found["index.html"].decode()).encode()}
     for table in ranked:
         found.update(export.files(table))
+    comparable, scripts = comparing.comparisons(ranked, source.records)
+    add("compare.html", "compare.html", views=comparable)
+    found.update(scripts)
     add("about.html", "about.html")
     timed = speed_views(source.comparisons)
     bars = [
@@ -138,6 +144,7 @@ def _environment() -> jinja2.Environment:
         "count": count,
         "duration": duration,
         "ratio": ratio,
+        "short": short,
         "view": view_name,
         "day": day,
     }

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mimbench import config, registry, reported, verdict
-from mimbench.record import Record, setting, stale
+from mimbench import config, registry, reported, stats, verdict
+from mimbench.record import Record, setting, stale, unpack
 from mimbench.report.words import EPOCHS, effort, flatten, how, number, page_name, when
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STRIP = 176.0  # width of the drawing of one score, in SVG units
 LOWER_IS_BETTER = re.compile(r"distance|mce|error|loss|latency|memory|seconds|flops|parameters")
@@ -43,7 +47,7 @@ class Row:
     role: str  # "floor" or "ceiling" for a baseline, else ""
     runs: list[Record]
     order: int = 0  # position in the table
-    rank: str = ""  # "2", or "2–4" where intervals overlap
+    rank: str = ""  # "2", or "2–4" where no test settles the place
     tied: bool = False  # not separated from the method in the row above
     strip: dict[str, Any] = field(default_factory=dict)
     reported: dict[str, Any] | None = None
@@ -101,14 +105,15 @@ def compared_by(record: Record) -> str:
     budget = record.config.get("recipe", {}).get("budget")
     if not budget or str(budget).endswith("img"):
         return str(budget or EPOCHS)
+    return f"{budget} on {machine(record)}"
+
+
+def machine(record: Record) -> str:
+    """The device that a run was made on, and how many threads it had: times of two of them are not comparable."""
     facts = record.environment
-    on_cpu = facts.get("device") == "cpu" or not facts.get("gpu")
-    machine = (
-        f"{facts.get('cpu') or 'an unnamed processor'}, threads: {facts.get('threads')}"
-        if on_cpu
-        else facts["gpu"]
-    )
-    return f"{budget} on {machine}"
+    if facts.get("device") != "cpu" and facts.get("gpu"):
+        return str(facts["gpu"])
+    return f"{facts.get('cpu') or 'an unnamed processor'}, threads: {facts.get('threads')}"
 
 
 def view_order(view: str) -> tuple[bool, str]:
@@ -168,11 +173,9 @@ def newest_per_seed(runs: Iterable[Record]) -> list[Record]:
 
 
 def _row(runs: list[Record]) -> Row:
-    from mimbench.stats import seed_interval
-
     runs = newest_per_seed(runs)
     first = runs[0]
-    mean, low, high = seed_interval([run.score.value for run in runs])
+    mean, low, high = stats.seed_interval([run.score.value for run in runs])
     if len(runs) == 1:
         low, high = first.score.low, first.score.high
     trained = _is_trained(first)
@@ -203,26 +206,101 @@ def _row(runs: list[Record]) -> Row:
 
 
 def rank(rows: Sequence[Row], lower: bool) -> None:
-    """Places as ranges over ``rows`` sorted best first: only disjoint intervals put one before another.
+    """Places as ranges over ``rows`` sorted best first: "2–4" where no test puts it before the fourth, or after the
+    second. Baselines are neither placed nor counted.
 
-    Conservative: overlapping intervals leave the order open though a paired test might settle it. A row
-    without an interval is separated from none. Baselines are neither placed nor counted.
+    Only what a test tells apart, corrected for the number of pairs of the table, is before another: see ``separated``.
     """
     placed = [row for row in rows if not row.role]
     for order, row in enumerate(rows, 1):
         row.order = order
+    if len(placed) < 2:
+        for row in placed:
+            row.rank = "–"
+        return
+    apart = separated(placed)
     for i, row in enumerate(placed):
-        best = 1 + sum(_before(other, row, lower) for other in placed)
-        worst = len(placed) - sum(_before(row, other, lower) for other in placed)
-        row.rank = "–" if len(placed) == 1 else str(best) if best == worst else f"{best}–{worst}"
-        row.tied = i > 0 and not _before(placed[i - 1], row, lower)
+        better = [other.mean < row.mean if lower else other.mean > row.mean for other in placed]
+        best = 1 + sum(far and is_better for far, is_better in zip(apart[i], better, strict=True))
+        worst = len(placed) - sum(
+            far and not is_better for far, is_better in zip(apart[i], better, strict=True)
+        )
+        row.rank = str(best) if best == worst else f"{best}–{worst}"
+        row.tied = i > 0 and not apart[i - 1][i]
 
 
-def _before(a: Row, b: Row, lower: bool) -> bool:
-    """Whether all of a's interval is better than all of b's."""
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return False
-    return a.high < b.low if lower else a.low > b.high
+def separated(rows: Sequence[Row]) -> np.ndarray:
+    """(R, R) bool: which pairs of rows a test tells apart at 5 % over all pairs of the table (Holm).
+
+    Test items are compared in pairs where each run says which it has right (``stats.paired``), over the seeds that
+    both have. Else the seeds are compared (Welch), or for single runs the intervals. What cannot be tested is
+    not told apart.
+    """
+    import numpy as np
+
+    p = p_values(rows)
+    upper = np.triu_indices(len(rows), 1)
+    tested = ~np.isnan(p[upper])
+    found = np.zeros(p.shape, bool)
+    chosen = upper[0][tested], upper[1][tested]
+    found[chosen] = np.array(stats.holm(p[chosen].tolist())) < 0.05
+    return found | found.T
+
+
+def p_values(rows: Sequence[Row]) -> np.ndarray:
+    """(R, R) p values of no difference, upper half; NaN where two rows cannot be tested."""
+    import numpy as np
+
+    p = np.full((len(rows), len(rows)), np.nan)
+    bits = [row_bits(row.runs) for row in rows]
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (row, found) in enumerate(zip(rows, bits, strict=True)):
+        if found is not None and found.shape[1] > 1:
+            seeds = row.seeds if len(row.seeds) > 1 else "one"  # a run each pairs whatever the seeds
+            alike.setdefault((seeds, found.shape[1]), []).append(i)
+    for members in alike.values():
+        p[np.ix_(members, members)] = stats.pairwise(
+            np.stack([held for i in members if (held := bits[i]) is not None])
+        )
+    for i, j in itertools.combinations(range(len(rows)), 2):
+        if math.isnan(p[i, j]):
+            p[i, j] = _p_of(rows[i], rows[j], bits[i], bits[j])
+    return p
+
+
+def _p_of(a: Row, b: Row, right_a: np.ndarray | None, right_b: np.ndarray | None) -> float:
+    if right_a is not None and right_b is not None and right_a.shape[1] == right_b.shape[1]:
+        common = [seed for seed in a.seeds if seed in b.seeds]
+        picked = [
+            right[[row.seeds.index(seed) for seed in common]] for row, right in ((a, right_a), (b, right_b))
+        ]
+        return stats.paired(*picked).p if common and right_a.shape[1] > 1 else math.nan
+    halves = [_half(row, other.mean) for row, other in ((a, b), (b, a))]
+    values = [[run.score.value for run in row.runs] for row in (a, b)]
+    found = stats.unpaired(values[0], values[1], *halves)
+    return math.nan if found is None else found
+
+
+def _half(row: Row, towards: float) -> float | None:
+    """The half of a row's interval that faces another mean."""
+    if row.low is None or row.high is None:
+        return None
+    return row.high - row.mean if towards > row.mean else row.mean - row.low
+
+
+def row_bits(runs: Sequence[Record]) -> np.ndarray | None:
+    """(S, N) bool: what each run has right; None where one does not say, or says what makes up another score."""
+    import numpy as np
+
+    found = []
+    for run in runs:
+        if run.correct is None:
+            return None
+        bits = unpack(run.correct)
+        if not len(bits) or abs(100 * bits.mean() - run.score.value) > 0.01:
+            return None
+        found.append(bits)
+    return np.stack(found) if len({len(bits) for bits in found}) == 1 else None
 
 
 def _draw(table: Table) -> None:

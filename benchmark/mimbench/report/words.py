@@ -52,6 +52,14 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,g}"
 
 
+def short(value: float) -> str:
+    """5,410,000 as 5.41 M."""
+    for size, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{number(float(f'{value / size:.3g}'))} {sign}"
+    return number(value)
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in the unit that reads best."""
     if seconds is None or not math.isfinite(seconds):

@@ -1,0 +1,363 @@
+"""The front page: one table over all methods that were trained by one rule, with a column for each protocol."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mimbench import config, registry, reported, stats
+from mimbench.record import Record, setting
+from mimbench.report.drawings import scatter
+from mimbench.report.ranking import Row, Table, machine, reported_view, view_order
+from mimbench.report.words import count, duration, flatten, number, page_name
+
+LEAST = 3  # points that make a picture
+IMAGENET = "imagenet-1k"  # on which most papers report
+
+
+@dataclass
+class Column:
+    """A protocol on a data set, scored in one way."""
+
+    anchor: str  # of the table that it is taken from, on the protocol's page
+    href: str
+    protocol: str
+    data: str
+    recipe: str
+    metric: str
+    unit: str
+    lower: bool
+    others: int  # further tables of the same protocol and data, scored in other ways
+
+
+@dataclass
+class Cell:
+    """A score, and where its interval lies on the scale of its column, in percent of the width."""
+
+    row: Row
+    start: float | None
+    width: float | None
+
+
+@dataclass
+class Line:
+    """A method in one setting, over all protocols."""
+
+    key: str  # names the line in links
+    row: Row  # one of its cells, for what they share
+    title: str
+    family: str
+    cells: list[Cell | None]
+    seeds: int  # the fewest of any cell
+    device_seconds: float | None  # of pretraining, mean of the seeds
+    rate: float | None  # images per second of pretraining
+    parameters: int  # of the encoder
+    flops: float | None  # of the encoder and an image, where its throughput was measured
+    headline: dict[str, Any] | None  # the first number of the paper's own list
+    stale: str
+    changed: str = ""  # of the preset, beside what all lines share
+    parity: dict[str, Any] | None = None
+
+
+@dataclass
+class Board:
+    """All lines of one view, see ``ranking.compared_by``."""
+
+    anchor: str
+    view: str
+    columns: list[Column]
+    lines: list[Line]
+    shared: str  # changes of presets that all trained lines have in common
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+
+
+def choices(boards: Sequence[Board]) -> dict[str, list[str]]:
+    """What the lines of all boards can be filtered by."""
+    lines = [line for board in boards for line in board.lines]
+    columns = [column for board in boards for column in board.columns]
+    found = {
+        "family": {line.family for line in lines},
+        "backbone": {line.row.backbone for line in lines},
+        "preset": {line.row.preset for line in lines},
+        "protocol": {column.protocol for column in columns},
+        "dataset": {column.data for column in columns},
+    }
+    return {name: sorted(values) for name, values in found.items()}
+
+
+def boards(
+    ranked: Sequence[Table],
+    papers: Sequence[reported.Row],
+    parity: Mapping[str, dict[str, Any] | None],
+) -> list[Board]:
+    """A board for each view of ``ranked``, that with most lines of today's code first."""
+    found = []
+    numbers = {slug: [r for r in papers if r["slug"] == r["method"] == slug] for slug in registry.methods()}
+    for view in sorted({table.view for table in ranked}, key=view_order):
+        board = _board(view, [table for table in ranked if table.view == view], numbers, parity)
+        board.pictures = pictures(board, numbers)
+        found.append(board)
+    return sorted(found, key=lambda board: -sum(not (line.stale or line.row.role) for line in board.lines))
+
+
+def _board(
+    view: str,
+    ranked: Sequence[Table],
+    numbers: Mapping[str, list[reported.Row]],
+    parity: Mapping[str, dict[str, Any] | None],
+) -> Board:
+    kinds: dict[tuple[str, str], list[Table]] = {}
+    for table in ranked:
+        kinds.setdefault((table.protocol, table.data), []).append(table)
+    shown = [max(tables, key=_weight) for tables in kinds.values()]
+    most = {data: max(len(t.rows) for t in shown if t.data == data) for data in {t.data for t in shown}}
+    usual = max((card.protocols for card in registry.methods().values()), key=len, default=())
+    places = {name: place for place, name in enumerate(usual)}
+    shown.sort(key=lambda t: (-most[t.data], t.data, places.get(t.protocol, len(places)), t.protocol))
+    columns = [
+        Column(
+            anchor=table.anchor,
+            href=f"protocols/{page_name(table.protocol)}.html#{table.anchor}-caption",
+            protocol=table.protocol,
+            data=table.data,
+            recipe=table.recipe,
+            metric=table.metric,
+            unit=table.unit,
+            lower=table.lower,
+            others=len(kinds[table.protocol, table.data]) - 1,
+        )
+        for table in shown
+    ]
+    by_setting: dict[str, list[Cell | None]] = {}
+    for place, table in enumerate(shown):
+        for row in table.rows:
+            cells = by_setting.setdefault(setting(row.runs[0]), [None] * len(shown))
+            cells[place] = _cell(row, table)
+    flops = {
+        setting(run): run.metrics["flops_inference"].value
+        for run in _runs(ranked)
+        if "flops_inference" in run.metrics
+    }
+    lines = [_line(key, cells, numbers, flops.get(key), parity) for key, cells in by_setting.items()]
+    lines.sort(key=lambda line: _order(line, columns))
+    return Board("b-" + config.digest("board", view), view, columns, lines, _factor_out(lines))
+
+
+def _factor_out(lines: Sequence[Line]) -> str:
+    """What all trained lines change of their presets, to be said once; the budget is not, being the view's name."""
+    trained = [line for line in lines if line.row.pretrained]
+    changed = [dict(flatten(line.row.runs[0].overrides)) for line in trained]
+    shared = (
+        {pair for pair in changed[0].items() if all(pair in each.items() for each in changed)}
+        if changed
+        else set()
+    )
+    for line in lines:
+        own = dict(flatten(line.row.runs[0].overrides))
+        own.pop("recipe.budget", None)
+        line.changed = ", ".join(f"{n}={v}" for n, v in own.items() if n and (n, v) not in shared)
+    return ", ".join(sorted(f"{n}={v}" for n, v in shared if n and n != "recipe.budget"))
+
+
+def _weight(table: Table) -> tuple[int, int, str]:
+    """Of several ways of scoring the one that most methods were scored in is shown."""
+    fresh = sum(not row.stale for row in table.rows if not row.role)
+    return fresh, len(table.rows), table.fingerprint
+
+
+def _runs(ranked: Iterable[Table]) -> Iterable[Record]:
+    return (run for table in ranked for row in table.rows for run in row.runs)
+
+
+def _order(line: Line, columns: Sequence[Column]) -> tuple[Any, ...]:
+    """By the first column in which a line has a score, best first."""
+    for place, (cell, column) in enumerate(zip(line.cells, columns, strict=True)):
+        if cell:
+            return place, cell.row.mean if column.lower else -cell.row.mean, line.key
+    raise ValueError("a line has at least one cell")
+
+
+def _cell(row: Row, table: Table) -> Cell:
+    if row.low is None or row.high is None:
+        return Cell(row, None, None)
+    scale = 100 / (table.right - table.left)
+    start, stop = (min(max(scale * (end - table.left), 0.0), 100.0) for end in (row.low, row.high))
+    return Cell(row, round(start, 1), round(max(stop - start, 1.5), 1))
+
+
+def _line(
+    key: str,
+    cells: list[Cell | None],
+    numbers: Mapping[str, list[reported.Row]],
+    flops: float | None,
+    parity: Mapping[str, dict[str, Any] | None],
+) -> Line:
+    rows = [cell.row for cell in cells if cell]
+    row = rows[0]
+    card = registry.methods().get(row.method)
+    trained = [run.pretrain for run in row.runs if run.pretrain.images]
+    seconds = statistics.mean(p.device_seconds for p in trained) if trained else None
+    own = numbers.get(row.method)
+    return Line(
+        key=key[:8],
+        row=row,
+        title=card.title if card else row.method,
+        family=card.family if card else "unknown",
+        cells=cells,
+        seeds=min(len(each.seeds) for each in rows),
+        device_seconds=seconds,
+        rate=statistics.mean(p.images for p in trained) / seconds if seconds else None,
+        parameters=row.runs[0].encoder.parameters,
+        flops=flops,
+        headline=reported_view(own[0]) if own and not row.role else None,
+        stale="; ".join(dict.fromkeys(each.stale for each in rows if each.stale)),
+        parity=parity.get(row.method),
+    )
+
+
+# Pictures ---------------------------------------------------------------------------------------------
+
+
+def pictures(board: Board, numbers: Mapping[str, list[reported.Row]]) -> list[dict[str, Any]]:
+    """Score against cost, ours against reported, and robust against clean, where three methods or more have both."""
+    found = [_cost(board), *_beside_papers(board, numbers), _robust(board)]
+    return [picture for picture in found if picture]
+
+
+def _main_column(board: Board) -> int | None:
+    """The accuracy that most lines have, the linear probe before others."""
+    filled = {
+        place: sum(line.cells[place] is not None for line in board.lines)
+        for place, column in enumerate(board.columns)
+        if column.unit == "%" and not column.lower
+    }
+    return max(filled, key=lambda p: (filled[p], board.columns[p].protocol == "linear"), default=None)
+
+
+def _points(board: Board, place: int) -> list[tuple[Line, Row]]:
+    """Trained lines of today's code with their score in a column; of a method the plainest setting, never the best."""
+    found: dict[str, tuple[Line, Row]] = {}
+    plainest = sorted(board.lines, key=lambda line: (len(line.row.overrides), -line.seeds, line.key))
+    for line in plainest:
+        cell = line.cells[place]
+        if cell and not cell.row.stale and line.row.role != "floor" and not line.row.published:
+            found.setdefault(line.row.method, (line, cell.row))
+    return list(found.values())
+
+
+def _cost(board: Board) -> dict[str, Any] | None:
+    place = _main_column(board)
+    if place is None:
+        return None
+    column, points = board.columns[place], _points(board, place)
+    by_machine: dict[str, list[tuple[Line, Row]]] = {}
+    for line, row in points:
+        by_machine.setdefault(machine(row.runs[0]), []).append((line, row))
+    name, same = max(by_machine.items(), key=lambda item: (len(item[1]), item[0]), default=("", []))
+    same = [(line, row) for line, row in same if line.device_seconds]
+    if len(same) < LEAST:
+        return None
+    front, best = set(), float("-inf")
+    for line, row in sorted(same, key=lambda pair: (pair[0].device_seconds or 0, -pair[1].mean)):
+        if row.mean > best:
+            best = row.mean
+            front.add(line.key)
+    return scatter(
+        title="Score against cost",
+        note=f"{len(same)} methods pretrained on {name}; the line joins those that nothing cheaper beats",
+        x_label="device seconds of pretraining",
+        y_label=f"{column.protocol} {column.metric} on {column.data}, {column.unit}",
+        points=[
+            _point(line, row, line.device_seconds or 1.0, duration(line.device_seconds)) for line, row in same
+        ],
+        times=True,
+        front=front,
+    )
+
+
+def _point(line: Line, row: Row, x: float, x_text: str) -> dict[str, Any]:
+    label = f"{line.row.method}: {number(row.mean, row.unit)} {row.unit}, {x_text}"
+    return {
+        **{"key": line.key, "name": line.row.method, "href": line.row.href, "label": label},
+        **{"x": x, "y": row.mean, "low": row.low, "high": row.high, "role": line.row.role},
+    }
+
+
+def _beside_papers(board: Board, numbers: Mapping[str, list[reported.Row]]) -> list[dict[str, Any]]:
+    """For each protocol, ours against what the papers report on ImageNet with the backbone that most of them share."""
+    found = []
+    done = set()
+    for place, column in enumerate(board.columns):
+        if column.unit != "%" or column.protocol in done:
+            continue
+        theirs: dict[str, dict[str, reported.Row]] = {}
+        for slug, rows in numbers.items():
+            for row in sorted(filter(lambda r: _at_scale(r, column), rows), key=_trust):
+                theirs.setdefault(row["backbone"], {}).setdefault(slug, row)
+        points = [(line, row) for line, row in _points(board, place) if not line.row.role]
+        known = {
+            backbone: [(line, row, held[line.row.method]) for line, row in points if line.row.method in held]
+            for backbone, held in theirs.items()
+        }
+        backbone, pairs = max(known.items(), key=lambda item: (len(item[1]), item[0]), default=("", []))
+        if (
+            len(pairs) < LEAST
+            or len({r["value"] for *_, r in pairs}) < 2
+            or len({row.mean for _, row, _ in pairs}) < 2
+        ):
+            continue
+        done.add(column.protocol)
+        tau, low, high = stats.kendall([r["value"] for *_, r in pairs], [row.mean for _, row, _ in pairs])
+        interval = "no interval from so few" if low is None else f"95 % interval {low:.2f} to {high:.2f}"
+        found.append(
+            scatter(
+                title=f"Ours against reported, {column.protocol}",
+                note=f"Kendall’s tau {tau:.2f} over {len(pairs)} papers, {interval}. Ours on {column.data}, small;"
+                f" theirs on {IMAGENET} with {backbone}: only the order can be compared",
+                x_label=f"reported {column.metric} on {IMAGENET}, {column.unit}",
+                y_label=f"ours on {column.data}, {column.unit}",
+                points=[
+                    _point(line, row, theirs["value"], f"reported {number(theirs['value'], '%')} %")
+                    for line, row, theirs in pairs
+                ],
+            )
+        )
+    return found
+
+
+def _at_scale(row: reported.Row, column: Column) -> bool:
+    return bool(
+        row["protocol"] == column.protocol
+        and row["metric"] == column.metric
+        and row["dataset"] == row["pretrain_data"] == IMAGENET
+        and row["unit"] == "%"
+        and row["backbone"]
+    )
+
+
+def _trust(row: reported.Row) -> tuple[Any, ...]:
+    """Of several numbers of one paper: verified, at 224 pixels, after the longest pretraining."""
+    return row["confidence"] != "verified", row["image_size"] != "224", -(row["pretrain_epochs"] or 0)
+
+
+def _robust(board: Board) -> dict[str, Any] | None:
+    """Accuracy on corrupted against clean images, of the protocols that measure both."""
+    for place, column in enumerate(board.columns):
+        pairs = [
+            (line, row, statistics.mean(run.metrics["clean"].value for run in row.runs))
+            for line, row in _points(board, place)
+            if column.metric == "corrupted" and all("clean" in run.metrics for run in row.runs)
+        ]
+        if len(pairs) >= LEAST:
+            return scatter(
+                title="Corrupted against clean",
+                note=f"{count(len(pairs))} methods, {column.protocol} on {column.data}",
+                x_label="clean accuracy, %",
+                y_label="accuracy on corrupted images, %",
+                points=[
+                    _point(line, row, clean, f"clean {number(clean, '%')} %") for line, row, clean in pairs
+                ],
+            )
+    return None
