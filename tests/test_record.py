@@ -208,7 +208,7 @@ def _edited(changes: dict[str, Any], drop: str = "") -> str:
         ("<<<<<<< HEAD\n{}", "is not JSON"),
         ("[]", "no schema number"),
         ('{"schema": true}', "no schema number"),
-        (_edited({"schema": 3}), "schema 3, newer than 2"),
+        (_edited({"schema": 4}), "schema 4, newer than 3"),
         (_edited({"schema": 0}), "schema 0, which never existed"),
         (_edited({"speed": 1}), "unknown keys: speed"),
         (_edited({}, drop="seed"), "lacks: seed"),
@@ -235,6 +235,22 @@ def test_a_damaged_record_is_named_with_its_fault(text: str, named: str, tmp_pat
 
 def test_a_record_of_schema_2_loads_for_ever() -> None:
     assert record.read(FIXTURES / "schema2.json") == make_record()
+
+
+def test_a_record_of_schema_3_loads_for_ever() -> None:
+    details = {"chosen_on": "test", "chosen_k": 20}
+    run = record.read(FIXTURES / "schema3.json")
+    assert run == make_record(test_reads=8, details=details)
+    assert record.test_selected(run)
+    assert not record.test_selected(make_record())
+
+
+def test_a_run_of_before_reads_were_counted_read_once_or_looked_at_no_label() -> None:
+    content = json.loads((FIXTURES / "schema2.json").read_text())
+    assert record.loads(json.dumps(content), "old").test_reads == 1
+    content = json.loads(record.dumps(make_record(protocol="throughput")))
+    del content["test_reads"]
+    assert record.loads(json.dumps(content | {"schema": 2}), "old").test_reads == 0
 
 
 def test_seeds_that_got_differently_far_within_a_budget_share_a_setting() -> None:

@@ -40,7 +40,7 @@ def run(
 def values(outcome: Outcome) -> dict[str, Any]:
     """All of a record that the same command must give again."""
     made = dataclasses.asdict(outcome.record)
-    for name in ("created", "seconds", "environment", "git"):
+    for name in ("created", "seconds", "environment", "git", "test_reads"):
         del made[name]
     for name in ("seconds", "device_seconds", "peak_memory", "resumed"):
         del made["pretrain"][name]
@@ -125,6 +125,7 @@ def test_force_repeats_the_evaluation_and_gives_the_same(trained: list[Any]) -> 
     (again,) = run(force=True)
     assert again.repeated
     assert values(again) == values(first)
+    assert (first.record.test_reads, again.record.test_reads) == (1, 2)
     assert len(trained) == 1
     assert len(record.files(paths.results())) == 1
 
@@ -196,6 +197,22 @@ def test_a_damaged_record_is_made_again() -> None:
     (again,) = run("random_init", overrides=FLOOR)
     assert again.repeated
     assert values(again) == values(first)
+    assert again.record.test_reads == 2
+
+
+def test_reads_of_the_test_labels_add_up_over_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reads(protocol: str, **more: Any) -> int:
+        (outcome,) = run("random_init", protocol, FLOOR, **more)
+        assert outcome.record == record.read(outcome.file or Path())
+        return outcome.record.test_reads
+
+    assert reads("knn:dino_official") == 4
+    assert reads("knn:dino_official") == 4  # recorded before: nothing is read
+    assert reads("knn:dino_official", force=True) == 8
+    assert reads("knn:dino") == 1
+    code = record.protocol_code
+    monkeypatch.setattr(record, "protocol_code", lambda name: code(name) + "x")
+    assert reads("knn:dino_official") == 12
 
 
 @pytest.mark.parametrize(

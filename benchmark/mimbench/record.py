@@ -30,7 +30,7 @@ from mimbench.task import Metric
 if TYPE_CHECKING:
     import numpy as np
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def _budgets(content: dict[str, Any]) -> dict[str, Any]:
@@ -41,8 +41,14 @@ def _budgets(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"schema": 2}
 
 
+def _reads(content: dict[str, Any]) -> dict[str, Any]:
+    """Schema 3 counts how often test labels were read: once by a run of before, however often it was repeated."""
+    never = content["protocol"]["name"] in ("generation", "throughput")  # which look at no label
+    return content | {"test_reads": 0 if never else 1, "schema": 3}
+
+
 # From a schema number to the function that turns such a record's content into that of the next schema.
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _budgets}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _budgets, 2: _reads}
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,10 @@ class Record:
     environment: Facts
     git: Facts
     seconds: dict[str, float]  # wall time per stage
-    curve: list[dict[str, float]]  # of pretraining: step, epoch, lr, loss and logged scalars
+    curve: Sequence[Mapping[str, float]]  # of pretraining: step, epoch, lr, loss and logged scalars
     metrics: dict[str, Metric]
     primary: str  # the metric that ranks
+    test_reads: int = 1  # of test labels, for this run and all that it replaced
     details: dict[str, Any] = field(default_factory=dict)
     correct: str | None = None  # per test item, see pack(); None where the metric is no accuracy
     warnings: list[str] = field(default_factory=list)
@@ -194,6 +201,11 @@ def method_code(slug: str) -> str:
 def protocol_code(name: str) -> str:
     """The hash of a protocol's code as it is now."""
     return registry.code_hash(registry.protocol(name).file)
+
+
+def test_selected(record: Record) -> bool:
+    """Whether the best of several scores on the test split was taken: then it estimates nothing but that best."""
+    return record.details.get("chosen_on") == "test"
 
 
 def setting(record: Record) -> str:
@@ -421,6 +433,8 @@ def parse(value: Any, kind: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(value, kind, where)
     if origin is dict and isinstance(value, dict):
+        if arguments[1] is float and all(type(item) is float for item in value.values()):
+            return value  # most of a record: the points of its curve
         return {key: parse(item, arguments[1], f"{where}: {key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
         return [parse(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]

@@ -566,11 +566,10 @@ class _Job:
         encoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
         progress.say(f"evaluating {self.method.text} by {name}:{self.protocol.recipe} on {self.target.name}")
         began = time.perf_counter()
-        result: Result = self.protocol.module.evaluate(
-            encoder, Task(self.target.train, self.target.test), self.protocol.settings, context
-        )
+        task = Task(self.target.train, self.target.test)
+        result: Result = self.protocol.module.evaluate(encoder, task, self.protocol.settings, context)
         context.seconds["total"] = time.perf_counter() - began
-        made = self._record(pretrained, encoder, result, context)
+        made = self._record(pretrained, encoder, result, context, task.reads)
         file = record.write(made, paths.results())
         shutil.rmtree(folder, ignore_errors=True)  # recorded: nothing is left to resume
         for warning in made.warnings:
@@ -581,7 +580,16 @@ class _Job:
             progress.say(f"warning: the database was not brought up to date: {fault}")
         return Outcome(made, file, repeated=True)
 
-    def _record(self, pretrained: Pretrained, encoder: Encoder, result: Result, context: Context) -> Record:
+    def _reads_before(self) -> int:
+        """How often the test labels were read by the runs that this one replaces; once by one that is damaged."""
+        try:
+            return record.read(self.file).test_reads if self.file.is_file() else 0
+        except ResultsError:
+            return 1
+
+    def _record(
+        self, pretrained: Pretrained, encoder: Encoder, result: Result, context: Context, reads: int
+    ) -> Record:
         history, choice, recipe = pretrained.history, self.protocol, pretrained.recipe
         epochs = (
             recipe.epochs if history.planned and not recipe.budget else history.images / len(pretrained.split)
@@ -636,6 +644,7 @@ class _Job:
             curve=history.curve,
             metrics=result.metrics,
             primary=result.primary,
+            test_reads=self._reads_before() + reads,
             details=result.details,
             correct=None if result.correct is None else record.pack(result.correct),
             warnings=[*history.warnings, *result.warnings],

@@ -108,7 +108,7 @@ def test_every_recipe_is_a_valid_setting() -> None:
     for name, table in knn.RECIPES.items():
         chosen = config.build(knn.Settings, table | {"recipe": name})
         fitted = knn.classify(normal(30, 4), torch.arange(30) % 3, normal(5, 4), 3, chosen)
-        assert fitted.predictions.shape == (5,)
+        assert all(predictions.shape == (5,) for predictions in fitted.candidates.values())
 
 
 def test_idle_settings_move_nothing() -> None:
@@ -117,10 +117,40 @@ def test_idle_settings_move_nothing() -> None:
     train, labels, test = normal(300, 4), torch.arange(300) % 3, normal(200, 4)
     for name, table in knn.RECIPES.items():
         chosen = config.build(knn.Settings, table | {"recipe": name})
-        first = knn.classify(train, labels, test, 3, chosen).predictions
         for setting in knn.idle(chosen):
+            first = knn.classify(train, labels, test, 3, chosen).predictions
             changed = dataclasses.replace(chosen, **{setting: 3})
             assert torch.equal(knn.classify(train, labels, test, 3, changed).predictions, first)
+
+
+def test_the_authors_k_is_the_best_on_the_test_split_and_said_to_be() -> None:
+    train, labels = normal(300, 4), torch.arange(300) % 3
+    test, truth = normal(90, 4, seed=1) + torch.arange(90)[:, None] % 3, torch.arange(90) % 3
+    chosen = config.build(knn.Settings, knn.RECIPES["dino_official"] | {"recipe": "dino_official"})
+    found = knn.result(knn.classify(train + labels[:, None], labels, test, 3, chosen), truth)
+    each = {}
+    for k in (10, 20, 100, 200):
+        alone = knn.classify(train + labels[:, None], labels, test, 3, knn.Settings(ks=(k,)))
+        each[str(k)] = 100 * float((alone.predictions == truth).double().mean())
+    assert len(set(each.values())) > 1
+    assert found.details["test_top1"] == pytest.approx(each)
+    assert found.details["chosen_on"] == "test"
+    assert found.metrics["top1"].value == pytest.approx(max(each.values()))
+    assert each[str(found.details["chosen_k"])] == max(each.values())
+    assert found.correct is not None
+    assert 100 * found.correct.mean() == pytest.approx(max(each.values()))
+    single = dataclasses.replace(chosen, ks=(20,))
+    assert "chosen_on" not in knn.result(knn.classify(train, labels, test, 3, single), truth).details
+
+
+@pytest.mark.parametrize(("recipe", "reads"), [("dino", 1), ("dino_official", 4), ("lightly", 1)])
+def test_each_score_that_the_test_labels_choose_from_is_a_read(
+    recipe: str, reads: int, context: Context
+) -> None:
+    task = Task(split_of(300, "train", 0), split_of(70, "test", 1))
+    settings = config.build(knn.Settings, knn.RECIPES[recipe] | {"recipe": recipe})
+    knn.evaluate(Colours(), task, settings, context)
+    assert task.reads == reads
 
 
 class Colours(nn.Module):
