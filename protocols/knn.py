@@ -45,8 +45,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vissl": {"ks": [200], "temperature": 0.1},
     # solo/utils/knn.py, WeightedKNNClassifier: k 20, T 0.07, cosine
     "solo": {"ks": [20]},
-    # solo/methods/base.py, while it trains: knn_k 20, distance_fx "euclidean", with an epsilon of 1e-5
-    "solo_online": {"ks": [20], "metric": "euclidean", "weighting": "shifted", "temperature": 1e-5},
+    # solo/methods/base.py, while it trains: knn_k 20, distance_fx "euclidean", whose epsilon of 1e-5 matters
+    # beside a distance of 0 alone
+    "solo_online": {"ks": [20], "metric": "euclidean", "weighting": "inverse"},
     # stable_pretraining/callbacks/knn.py, OnlineKNN: k 5, euclidean, temperature 0.07; here without its queue
     "stable_pretraining": {"ks": [5], "metric": "euclidean", "weighting": "shifted"},
     # sklearn.neighbors.KNeighborsClassifier: n_neighbors 5, weights "uniform", metric "minkowski" with p 2
@@ -67,7 +68,7 @@ class Settings:
     ks: tuple[int, ...] = (10, 20, 100, 200)  # numbers of neighbours to choose from
     metric: Literal["cosine", "euclidean"] = "cosine"  # what makes a neighbour near
     weighting: Literal["exponential", "uniform", "inverse", "shifted"] = "exponential"  # see neighbours.vote
-    temperature: float = 0.07  # of the exponential weighting; what the shifted one adds to a distance
+    temperature: float = 0.07  # of the exponential weighting
     eval_crop: float = 1.0  # side of the central crop over the shorter side of the resized image
     selection_images: int = 10_000  # most training images that k is chosen on, each against all the others;
     # 0: the k that does best on the test split is taken, so that the score is the best of several
@@ -88,7 +89,7 @@ class Settings:
 
 def idle(settings: Settings) -> tuple[str, ...]:
     """The settings that move nothing beside the others."""
-    without_temperature = settings.weighting in ("uniform", "inverse")
+    without_temperature = settings.weighting != "exponential"
     alone = len(set(settings.ks)) == 1  # then nothing is chosen
     return ("temperature",) * without_temperature + ("selection_images",) * alone
 

@@ -30,6 +30,7 @@ COMPILED = (
 QUERIES = {"cpu": 256, "cuda": 2_048}  # rows of a tile of similarities in torch
 BANK = 65_536  # columns of a tile: with 256 rows 64 MB, the only array whose size is their product
 SPARE = 16  # candidates beyond k that make the proof succeed for nearly every query
+SHIFT = 0.07  # of distances in the shifted weighting
 VOTES = 4_096  # queries whose class scores are held at once
 _UNIT = 2.0**-24  # rounding of one float32 operation
 ROUGH = ("cuda",)  # devices on which products are tried in TF32 first
@@ -94,7 +95,7 @@ def vote(
 
     Weights: ``exponential`` exp(similarity / temperature) (Wu et al., 2018, as in DINO), ``uniform`` 1,
     ``inverse`` 1 / distance, where neighbours at distance 0 outvote all others (scikit-learn's "distance"),
-    ``shifted`` 1 / (distance + temperature).
+    ``shifted`` 1 / (distance + 0.07) (stable-pretraining's OnlineKNN).
     Scores are summed in float64 from the nearest neighbour on; of classes with equal scores the lowest wins.
     """
     if not ks or min(ks) < 1 or max(ks) > distances.shape[1]:
@@ -122,7 +123,7 @@ def weigh(distances: Tensor, weighting: Weighting, temperature: float) -> Tensor
             (distances - distances[:, :1]) / temperature
         ).exp()  # the factor common to a query is left out
     if weighting == "shifted":
-        return 1 / (distances + temperature)
+        return 1 / (distances + SHIFT)
     same = distances == 0
     return torch.where(same.any(1, keepdim=True), same.double(), 1 / distances.masked_fill(same, 1))
 
