@@ -22,9 +22,14 @@ from mimbench import report as rendering
 from mimbench import reported as reporting
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.report import drawings, ranking, speeds, words
-from mimbench.report.pages import pages as rendered
+from mimbench.report.pages import pages as each_page
 from mimbench.report.source import Source, load
 from mimbench.task import Metric
+
+
+def rendered(source: Source) -> dict[str, bytes]:
+    return dict(each_page(source))
+
 
 HOSTILE = "<script>alert(1)</script>\"'&" + "x" * 90 + " \u05e9\u05dc\u05d5\u05dd \u202eevil"
 REPORTED_HEADER = (

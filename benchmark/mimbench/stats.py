@@ -161,9 +161,9 @@ def paired(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Paired:
 
 def _mcnemar(only_a: int, only_b: int, n: int) -> tuple[float, float, float]:
     """Centre and half width of the interval of a difference of shares, and the exact p value."""
-    from scipy.stats import binom
+    from scipy.special import bdtr
 
-    p = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    p = min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
     more, less = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
     half = Z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
     return more - less, half, p
@@ -199,14 +199,14 @@ def pairwise(correct: np.ndarray) -> np.ndarray:
 
     ``correct`` (M, S, N) bool holds what each has right, by seed and test item; all of one set of seeds and items.
     """
-    from scipy.stats import binom
+    from scipy.special import bdtr  # of scipy.stats it would take a second to import
 
     methods, seeds, n = correct.shape
     flat = correct.reshape(methods, -1).astype(np.float32)
     both = (flat @ flat.T).astype(np.float64)  # exact: a count below 2^24
     only = np.diag(both)[:, None] - both  # what the first has right and the second has not
     if seeds == 1:
-        return np.minimum(1.0, 2 * binom.cdf(np.minimum(only, only.T), only + only.T, 0.5))
+        return np.minimum(1.0, 2 * bdtr(np.minimum(only, only.T), (only + only.T).astype(int), 0.5))
     by_seed, by_item = correct.mean(2), correct.mean(1)
     mean = by_seed.mean(1)[:, None] - by_seed.mean(1)
     gram = by_item @ by_item.T
@@ -300,12 +300,12 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> tuple[float, float | None
     The interval is Fieller, Hartley and Pearson's (Biometrika 44, 1957): atanh(tau) has the variance
     0.437 / (N - 4). Raises DataError where all of x or all of y are equal, as no order can be told.
     """
-    from scipy.stats import kendalltau
-
     n = len(x)
     if len(y) != n or len(set(x)) < 2 or len(set(y)) < 2:
         raise DataError("a rank correlation needs two lists of equal length, each with two values or more")
-    tau = min(max(float(kendalltau(x, y).statistic), -1.0), 1.0)  # rounding may end a little beside
+    of_x, of_y = (np.sign(np.subtract.outer(values, values)) for values in (x, y))
+    untied = math.sqrt(float((of_x**2).sum() * (of_y**2).sum()))  # pairs that are in order, both ways round
+    tau = min(max(float((of_x * of_y).sum()) / untied, -1.0), 1.0)  # rounding may end a little beside
     if n < 5:
         return tau, None, None
     # Half a pair short of a perfect order, which would have no width.

@@ -15,6 +15,8 @@ from mimbench.errors import ResultsError
 from mimbench.report.pages import pages
 from mimbench.report.source import load
 
+LISTING = ".mimbench-pages"  # what a former call wrote
+
 
 def report(folder: Path, out: Path) -> Path:
     """Renders the records below ``folder`` into ``out`` and returns the path of its index.html.
@@ -23,18 +25,19 @@ def report(folder: Path, out: Path) -> Path:
     longer recorded are removed. Raises ResultsError where ``out`` cannot be written.
     """
     source = load(folder)
-    found = pages(source)
-    listing = out / ".mimbench-pages"
-    found[listing.name] = "".join(f"{path}\n" for path in sorted([*found, export.DATABASE])).encode()
+    listing = out / LISTING
+    written = {export.DATABASE}
     with _writing(out):
         former = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
-        for path in set(former) - {*found, export.DATABASE, ""}:
-            (out / path).unlink(missing_ok=True)
-        for path, content in found.items():
-            _write(out / path, content)
         database.publish(
             out / export.DATABASE, source.records, source.comparisons, source.catalogue, source.papers
         )
+        for path, content in pages(source):
+            _write(out / path, content)
+            written.add(path)
+        for path in set(former) - written - {""}:
+            (out / path).unlink(missing_ok=True)
+        _write(listing, "".join(f"{path}\n" for path in sorted(written)).encode())
     return out / "index.html"
 
 
@@ -43,7 +46,7 @@ def single_file(folder: Path, file: Path) -> Path:
 
     Raises ResultsError where it cannot be written.
     """
-    content = pages(load(folder), alone=True)["index.html"]
+    content = dict(pages(load(folder), alone=True))["index.html"]
     with _writing(file):
         _write(file, content)
     return file

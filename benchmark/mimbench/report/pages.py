@@ -5,15 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimbench import export, paths, registry, reported
 from mimbench.certificate import Certificate
 from mimbench.record import Record, place, stale
-from mimbench.report.board import boards, choices
 from mimbench.report import comparing
+from mimbench.report.board import boards, choices
 from mimbench.report.drawings import charts, grids, heats, heats_of
 from mimbench.report.ranking import Table, reported_view, tables, view_order
 from mimbench.report.source import Source
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg")
 
 
-def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
-    """The whole site: every file's path below its folder, and content; the front page ``alone`` needs no other."""
+def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]:
+    """The whole site, file by file: its path below the folder, and content; the front page ``alone`` needs no other."""
     environment = _environment()
     ranked = tables(source.records, source.papers)
     for table in ranked:
@@ -63,38 +63,41 @@ def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
         "measured": len({r.method.slug for r in source.records}),
         "command": next((m["command"] for m in methods if not m["baseline"]), "mimbench list methods"),
     }
-    found: dict[str, bytes] = {}
     inline = export.inline() if alone else None
 
-    def add(path: str, template: str, **view: Any) -> None:
+    def page(path: str, template: str, **view: Any) -> tuple[str, bytes]:
         root = "../" * path.count("/")
         shared = {"site": site, "root": root, "here": Path(path).stem, "inline": inline}
-        found[path] = environment.get_template(template).render(shared, **view).encode()
+        return path, environment.get_template(template).render(shared, **view).encode()
 
     sections = [_section(name, [t for t in ranked if t.protocol == name]) for name in names]
     shown = [section for section in sections if section["tables"]]
     held = boards(ranked, source.papers, proofs)
-    add("index.html", "index.html", sections=shown, boards=held, choices=choices(held), faults=source.faults)
+    front = page(
+        "index.html", "index.html", sections=shown, boards=held, choices=choices(held), faults=source.faults
+    )
     if alone:
-        return {"index.html": export.unlink(found["index.html"].decode()).encode()}
+        yield front[0], export.unlink(front[1].decode()).encode()
+        return
+    yield front
     for table in ranked:
-        found.update(export.files(table))
+        yield from export.files(table).items()
     comparable, scripts = comparing.comparisons(ranked, source.records)
-    add("compare.html", "compare.html", views=comparable)
-    found.update(scripts)
-    add("about.html", "about.html")
+    yield page("compare.html", "compare.html", views=comparable)
+    yield from scripts.items()
+    yield page("about.html", "about.html")
     timed = speed_views(source.comparisons)
     bars = [
-        bar | {k: found[k] for k in ("title", "anchor", "device")} for found in timed for bar in found["bars"]
+        bar | {k: view[k] for k in ("title", "anchor", "device")} for view in timed for bar in view["bars"]
     ]
-    add("speed.html", "speed.html", comparisons=timed, bars=bars)
+    yield page("speed.html", "speed.html", comparisons=timed, bars=bars)
     papers = [_paper(paper, source) for paper in source.catalogue]
-    add("papers.html", "papers.html", papers=papers)
+    yield page("papers.html", "papers.html", papers=papers)
     for paper in papers:
         if not paper["here"]:
-            add(paper["href"], "paper.html", paper=paper)
+            yield page(paper["href"], "paper.html", paper=paper)
     for section in sections:
-        add(
+        yield page(
             section["href"],
             "protocol.html",
             protocol=section,
@@ -105,7 +108,7 @@ def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
     for method in methods:
         runs = [r for r in source.records if r.method.slug == method["slug"]]
         runs.sort(key=lambda r: (r.protocol.name, r.data.name, r.fingerprint, r.preset, r.seed, r.id))
-        add(
+        yield page(
             method["href"],
             "method.html",
             method=method,
@@ -116,15 +119,14 @@ def pages(source: Source, *, alone: bool = False) -> dict[str, bytes]:
             files=[{"name": view["file"], "href": view["href"]} for view in map(run_view, runs)],
             own_citation=own_citation,
         )
-        found.update(method["files"])
+        yield from method["files"].items()
         badge = export.badge(method["slug"], method["protocols"], ranked, method["parity"])
-        add(method["badge"], "badge.svg", badge=badge)
+        yield page(method["badge"], "badge.svg", badge=badge)
     for run in source.records:
         view = run_view(run)
-        add(view["href"], "run.html", run=view, **_run_parts(run))
+        yield page(view["href"], "run.html", run=view, **_run_parts(run))
     for file in sorted(paths.static().iterdir()):
-        found[f"static/{file.name}"] = file.read_bytes()
-    return found
+        yield f"static/{file.name}", file.read_bytes()
 
 
 def _environment() -> jinja2.Environment:
