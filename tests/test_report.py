@@ -22,6 +22,7 @@ from mimbench import report as rendering
 from mimbench import reported as reporting
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.report import drawings, ranking, speeds, words
+from mimbench.report.ablations import ablations
 from mimbench.report.pages import pages as each_page
 from mimbench.report.source import Source, load
 from mimbench.task import Metric
@@ -279,10 +280,31 @@ def test_ranks_say_only_what_intervals_separate(suite: Any, tmp_path: Path) -> N
     ]
 
 
-def seen(slug: str, right: np.ndarray, seed: int = 0) -> Record:
+def seen(slug: str, right: np.ndarray, seed: int = 0, **more: Any) -> Record:
     """A record with what it has right; its interval is that of its score."""
     score = stats.accuracy(right)
-    return made(slug, seed=seed, metrics={"top1": score}, correct=record.pack(right))
+    return made(slug, seed=seed, metrics={"top1": score}, correct=record.pack(right), **more)
+
+
+def test_a_changed_setting_stands_beside_the_plain_one_with_their_paired_difference(suite: Any) -> None:
+    right = np.arange(400) % 4 > 0
+    worse = right.copy()
+    worse[1:41:4] = False
+    arm = {"overrides": {"mask_ratio": 0.5}, "config": {"mask_ratio": 0.5, "recipe": {"epochs": 20}}}
+    other = {"overrides": {"depth": 2}, "config": {"depth": 2, "recipe": {"epochs": 30}}, "epochs": 30}
+    found = ablations(
+        "alpha", tables(seen("alpha", right), seen("alpha", worse, **arm), seen("beta", worse, **other))
+    )
+    assert [(each["base"].overrides, [line["changed"] for line in each["lines"]]) for each in found] == [
+        ("", ["mask_ratio = 0.5"])
+    ]
+    pair = found[0]["lines"][0]["paired"]
+    assert (found[0]["lines"][0]["difference"], pair.only_a, pair.only_b) == (-2.5, 0, 10)
+    page = rendered(Source([seen("alpha", right), seen("alpha", worse, **arm)]))[
+        "methods/alpha.html"
+    ].decode()
+    assert "<bdi>mask_ratio = 0.5</bdi>" in page
+    assert "−2.5" in page.partition('id="ablations"')[2].partition("<h2")[0]
 
 
 def test_methods_that_do_not_differ_are_tied_and_a_paired_test_separates_what_intervals_cannot(

@@ -13,6 +13,7 @@ from mimbench import export, paths, registry, reported
 from mimbench.certificate import Certificate
 from mimbench.record import Record, place, stale
 from mimbench.report import comparing
+from mimbench.report.ablations import ablations
 from mimbench.report.board import boards, choices
 from mimbench.report.drawings import charts, grids, heats, heats_of
 from mimbench.report.ranking import Table, reported_view, tables, view_order
@@ -118,6 +119,7 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
             commands=list(dict.fromkeys(run.command for run in runs)),
             files=[{"name": view["file"], "href": view["href"]} for view in map(run_view, runs)],
             own_citation=own_citation,
+            ablations=ablations(method["slug"], ranked),
         )
         yield from method["files"].items()
         badge = export.badge(method["slug"], method["protocols"], ranked, method["parity"])
@@ -314,7 +316,8 @@ def _run_parts(run: Record) -> dict[str, Any]:
         "Details": run.details,
         "Encoder": {"backbone": run.backbone, **dataclasses.asdict(run.encoder)},
         "Pretraining": dataclasses.asdict(run.pretrain),
-        "Method": {**dataclasses.asdict(run.method), "preset": run.preset, "overrides": run.overrides},
+        f"Changed from the {run.preset} preset": run.overrides,
+        "Method": {**dataclasses.asdict(run.method), "preset": run.preset},
         "Configuration": run.config,
         "Machine and versions": run.environment,
         "Code": {**run.git, "record schema": run.schema, "created": run.created},
