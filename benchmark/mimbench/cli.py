@@ -426,6 +426,124 @@ def compare(
 
 
 @app.command()
+def explain(
+    a: Annotated[str, typer.Argument(help="A recipe such as knn:dino, or a run (its id or the beginning).")],
+    b: Annotated[
+        str, typer.Argument(help="Likewise; or, beside a run, reported or reported:N of its paper's numbers.")
+    ],
+    features: Annotated[
+        Path | None, typer.Option(help="Recipes on the features of an .npz, as 'mimbench score' takes it.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Recipes on this pretrained method.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", "-d", help="What it was pretrained on; by default digits.")
+    ] = None,
+    eval_dataset: EvalDataset = None,
+    preset: Preset = None,
+    seed: Annotated[int | None, typer.Option(help="The seed of its pretraining; by default 0.")] = None,
+    set_: Settings = [],  # noqa: B006
+    weights: Weights = None,
+    device: Device = "auto",
+    record_: Annotated[
+        bool, typer.Option("--record", help="Keep it in results/explained, which the report shows.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say how many points each setting is worth between two ways of scoring one encoder."""
+    from mimbench import explain as explaining
+    from mimbench import explanation, paths, record
+    from mimbench.progress import Progress
+
+    question = explaining.Question(
+        a,
+        b,
+        features=features,
+        method=method,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        preset=preset,
+        seed=seed,
+        overrides=tuple(set_),
+        weights=weights,
+        device=device,
+    )
+    records, faults = record.scan(paths.results())
+    for fault in faults:
+        typer.echo(f"warning: {fault}", err=True)
+    found = explaining.explain(question, records, Progress(quiet=quiet))
+    file = explanation.write(found, paths.results()) if record_ else None
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "walked": found.walked, "rest": found.rest})
+        return
+    for title, columns, rows in explaining.tables(found):
+        if title:
+            typer.echo(title)
+        _print_table(columns, rows)
+        typer.echo()
+    typer.echo(explaining.headline(found))
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    if file:
+        typer.echo(f"recorded: {file}")
+
+
+@app.command()
+def verdicts(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="Numbers of this paper or method alone.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of each number that papers report whether it is reproduced here, different, or why it cannot be tested."""
+    from mimbench import paths, report, verdict
+    from mimbench.errors import UnknownName
+
+    source = report.load(paths.results())
+    found = report.verdicts(source)
+    if name is not None:
+        known = dict.fromkeys(each.theirs[key] for each in found for key in ("slug", "method"))
+        found = [each for each in found if name in (each.theirs["slug"], each.theirs["method"])]
+        if not found:
+            raise UnknownName("paper or method with reported numbers", name, known)
+    for fault in source.faults:
+        typer.echo(f"warning: {fault}", err=True)
+    if as_json:
+        _print_json({"margins": verdict.VERSION, "verdicts": [each.content() for each in found]})
+        return
+    shown = [each for each in found if name or each.verdict != "untestable"]
+    rows = [
+        [
+            *(each.theirs[key] for key in ("slug", "method", "protocol", "dataset", "metric")),
+            f"{each.theirs['value']:g} {each.theirs['unit'] or ''}".strip(),
+            _ours(each),
+            each.verdict,
+            each.said,
+        ]
+        for each in shown
+    ]
+    if rows:
+        columns = ["paper", "method", "protocol", "data", "metric", "reported", "ours", "verdict", "why"]
+        _print_table(columns, rows)
+        typer.echo()
+    counts = verdict.counts(found)
+    _print_table(
+        ["numbers", "verdict", "why"],
+        [[number, kind, verdict.REASONS[reason]] for (kind, reason), number in counts.items()],
+    )
+
+
+def _ours(found: Verdict) -> str:
+    """Our value beside a reported one: only of the same metric and unit."""
+    if found.ours is None or found.mean is None or {"metric", "unit"} & set(found.differences or ()):
+        return ""
+    interval = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.mean:.2f}{interval}"
+
+
+@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="The folder to render to.")] = None,
     single_file: Annotated[

@@ -134,6 +134,54 @@ def pretrain_all(request: Request, progress: Progress) -> Iterator[Pretrained]:
             yield plan.pretrain(method, config_, dataset, seed, device, progress)
 
 
+@dataclass
+class Bench:
+    """One trained encoder before the data that it is scored on: any settings of a protocol can be tried there."""
+
+    name: str  # for people: the method, its preset and the seed
+    pretrained: Pretrained
+    target: Dataset
+    settings: list[Any]  # those of the protocols that were asked for, in that order
+    device: torch.device
+    progress: Progress
+    reads: int = 0  # of the test labels, so far
+
+    def score(self, protocol: str, settings: Any) -> Result:
+        """What a protocol finds of the encoder. Features are kept; nothing is recorded."""
+        module = registry.load_protocol(protocol)
+        work = config.digest("bench", self.pretrained.key, self.target.fingerprint, protocol, settings)
+        folder = paths.cache() / "evaluate" / self.pretrained.slug / work
+        context = Context(
+            *(self.device, self.pretrained.seed, self.progress),
+            workdir=folder,
+            cache=self.pretrained.folder / "features",
+            pretrain_step=pretraining_step(self.pretrained, self.device),
+        )
+        encoder = _frozen_copy(self.pretrained)
+        task = Task(self.target.train, self.target.test)
+        found: Result = module.evaluate(encoder, task, settings, context)
+        self.reads += task.reads
+        shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+
+def bench(request: Request, progress: Progress) -> Bench:
+    """The encoder of a request for one method, one seed and recipes of one protocol.
+
+    Raises ConfigError where it has not been pretrained and ``request.may_pretrain`` is False.
+    """
+    plan = _Plan(request)
+    device = choose_device(request.device)
+    dataset = data.load(request.dataset, progress)
+    (method,), (seed,) = plan.methods, request.seeds
+    settings = plan.method_settings(method, dataset)
+    targets = _targets(plan, dataset, progress)
+    pretrained = plan.pretrain(method, settings, dataset, seed, device, progress)
+    name = f"{method.text}, {plan.preset(dataset)} preset, seed {seed}"
+    target = targets[plan.protocols[0].name]
+    return Bench(name, pretrained, target, [p.settings for p in plan.protocols], device, progress)
+
+
 def pretrain(
     slug: str,
     settings: Any,
@@ -562,8 +610,7 @@ class _Job:
             cache=pretrained.folder / "features",
             pretrain_step=pretraining_step(pretrained, device),
         )
-        encoder = copy.deepcopy(pretrained.encoder)
-        encoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
+        encoder = _frozen_copy(pretrained)
         progress.say(f"evaluating {self.method.text} by {name}:{self.protocol.recipe} on {self.target.name}")
         began = time.perf_counter()
         task = Task(self.target.train, self.target.test)
@@ -649,6 +696,13 @@ class _Job:
             correct=None if result.correct is None else record.pack(result.correct),
             warnings=[*history.warnings, *result.warnings],
         )
+
+
+def _frozen_copy(pretrained: Pretrained) -> Encoder:
+    """The encoder for a protocol to use up: what one does to it, the next does not see."""
+    encoder = copy.deepcopy(pretrained.encoder)
+    encoder.requires_grad_(False).eval()  # type: ignore[attr-defined]
+    return encoder
 
 
 def pretraining_step(
