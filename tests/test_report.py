@@ -626,7 +626,8 @@ def test_every_link_leads_somewhere_and_hostile_text_stays_text(
     pages = crawl(site)
     assert len([f for f in pages if f.parent.name == "runs"]) == len(everything)
     for file, page in pages.items():
-        assert page.tags.count("script") == 1, f"{file} lets a script in"
+        own = 3 if file.name == "compare.html" else 1
+        assert page.tags.count("script") == own, f"{file} lets a script in"
         assert page.tags.count("h1") == 1
         assert len(file.name) < 100
         assert "javascript:" not in " ".join(page.links)

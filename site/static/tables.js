@@ -67,7 +67,7 @@ if (controls) {
         for (const row of [table.tHead.rows[0], ...table.tBodies[0].rows]) row.cells[at].hidden = !kept.includes(at);
       let left = 0;
       for (const row of table.tBodies[0].rows) {
-        const text = `${row.cells[0].textContent} ${row.querySelector("a").title}`.toLowerCase();
+        const text = `${row.cells[0].textContent} ${row.querySelector("a")?.title ?? ""}`.toLowerCase();
         row.hidden = !(kept.some((at) => row.cells[at].dataset.sort !== undefined)
           && ["family", "backbone", "preset"].every((name) => !wanted[name] || row.dataset[name] === wanted[name])
           && words.every((word) => text.includes(word)));
