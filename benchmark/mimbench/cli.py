@@ -491,59 +491,6 @@ def explain(
 
 
 @app.command()
-def verdicts(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[METHOD]", help="Numbers of this paper or method alone.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say of each number that papers report whether it is reproduced here, different, or why it cannot be tested."""
-    from mimbench import paths, report, verdict
-    from mimbench.errors import UnknownName
-
-    source = report.load(paths.results())
-    found = report.verdicts(source)
-    if name is not None:
-        known = dict.fromkeys(each.theirs[key] for each in found for key in ("slug", "method"))
-        found = [each for each in found if name in (each.theirs["slug"], each.theirs["method"])]
-        if not found:
-            raise UnknownName("paper or method with reported numbers", name, known)
-    for fault in source.faults:
-        typer.echo(f"warning: {fault}", err=True)
-    if as_json:
-        _print_json({"margins": verdict.VERSION, "verdicts": [each.content() for each in found]})
-        return
-    shown = [each for each in found if name or each.verdict != "untestable"]
-    rows = [
-        [
-            *(each.theirs[key] for key in ("slug", "method", "protocol", "dataset", "metric")),
-            f"{each.theirs['value']:g} {each.theirs['unit'] or ''}".strip(),
-            _ours(each),
-            each.verdict,
-            each.said,
-        ]
-        for each in shown
-    ]
-    if rows:
-        columns = ["paper", "method", "protocol", "data", "metric", "reported", "ours", "verdict", "why"]
-        _print_table(columns, rows)
-        typer.echo()
-    counts = verdict.counts(found)
-    _print_table(
-        ["numbers", "verdict", "why"],
-        [[number, kind, verdict.REASONS[reason]] for (kind, reason), number in counts.items()],
-    )
-
-
-def _ours(found: Verdict) -> str:
-    """Our value beside a reported one: only of the same metric and unit."""
-    if found.ours is None or found.mean is None or {"metric", "unit"} & set(found.differences or ()):
-        return ""
-    interval = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.mean:.2f}{interval}"
-
-
-@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="The folder to render to.")] = None,
     single_file: Annotated[
