@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mimbench import picture, registry
+from mimbench import config, data, picture, registry
+from mimbench.errors import ConfigError
+from mimbench.models import vit
 
 DRAWN = [slug for slug, card in registry.methods().items() if (card.folder / "views.png").is_file()]
 
@@ -50,3 +55,36 @@ def test_a_masked_autoencoder_hides_the_share_of_patches_that_it_says() -> None:
     assert hidden.mean() == pytest.approx(0.75, abs=0.02)
     assert np.array_equal(visible[~hidden], view[~hidden])
     assert not np.array_equal(image, view)
+
+
+@pytest.mark.parametrize("slug", ["mae", "simmim", "cropmae", "croco", "spark", "masked_frequency_modeling"])
+def test_a_perfect_prediction_is_drawn_as_the_image(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = registry.load_method(slug)
+    settings = config.build(module.Config, registry.method(slug).preset("smoke"))
+    model = module.Model(settings)
+    forward = model.forward
+
+    def perfect(**views: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = forward(**views)
+        target = views.get("images", views.get("images1" if slug == "croco" else "images2"))
+        assert target is not None
+        if outputs["pred"].ndim == 3:
+            patches = vit.patchify(target, math.isqrt(outputs["pred"].shape[-1] // 3))
+            middle, spread = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+            return outputs | {"pred": (patches - middle) / spread}
+        return outputs | {"pred": target}
+
+    split = data.load("digit-scenes" if "frames" in model.needs else "digits").test
+    untrained = tiles(picture.reconstructions(model, split))
+    monkeypatch.setattr(model, "forward", perfect)
+    image, seen, predicted = tiles(picture.reconstructions(model, split))
+    assert np.abs(predicted - image).max() <= 1
+    assert np.abs(seen - image).max() > 50
+    assert np.abs(untrained[2] - image).max() > 50
+
+
+def test_what_predicts_no_pixels_reconstructs_nothing() -> None:
+    model = registry.load_method("maskfeat")
+    model = model.Model(config.build(model.Config, registry.method("maskfeat").preset("smoke")))
+    with pytest.raises(ConfigError, match="no pixels"):
+        picture.reconstructions(model, data.load("digits").test)

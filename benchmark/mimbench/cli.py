@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mimbench.record import Record
     from mimbench.runner import Outcome
+    from mimbench.verdict import Verdict
 
 app = typer.Typer(
     help="Masked image modelling and self-supervised learning under one protocol.",
@@ -491,6 +492,59 @@ def explain(
 
 
 @app.command()
+def verdicts(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[METHOD]", help="Numbers of this paper or method alone.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of each number that papers report whether it is reproduced here, different, or why it cannot be tested."""
+    from mimbench import paths, report, verdict
+    from mimbench.errors import UnknownName
+
+    source = report.load(paths.results())
+    found = report.verdicts(source)
+    if name is not None:
+        known = dict.fromkeys(each.theirs[key] for each in found for key in ("slug", "method"))
+        found = [each for each in found if name in (each.theirs["slug"], each.theirs["method"])]
+        if not found:
+            raise UnknownName("paper or method with reported numbers", name, known)
+    for fault in source.faults:
+        typer.echo(f"warning: {fault}", err=True)
+    if as_json:
+        _print_json({"margins": verdict.VERSION, "verdicts": [each.content() for each in found]})
+        return
+    shown = [each for each in found if name or each.verdict != "untestable"]
+    rows = [
+        [
+            *(each.theirs[key] for key in ("slug", "method", "protocol", "dataset", "metric")),
+            f"{each.theirs['value']:g} {each.theirs['unit'] or ''}".strip(),
+            _ours(each),
+            each.verdict,
+            each.said,
+        ]
+        for each in shown
+    ]
+    if rows:
+        columns = ["paper", "method", "protocol", "data", "metric", "reported", "ours", "verdict", "why"]
+        _print_table(columns, rows)
+        typer.echo()
+    counts = verdict.counts(found)
+    _print_table(
+        ["numbers", "verdict", "why"],
+        [[number, kind, verdict.REASONS[reason]] for (kind, reason), number in counts.items()],
+    )
+
+
+def _ours(found: Verdict) -> str:
+    """Our value beside a reported one: only of the same metric and unit."""
+    if found.ours is None or found.mean is None or {"metric", "unit"} & set(found.differences or ()):
+        return ""
+    interval = "" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.mean:.2f}{interval}"
+
+
+@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="The folder to render to.")] = None,
     single_file: Annotated[
@@ -724,14 +778,33 @@ def picture(
     method: Annotated[str, typer.Argument(help="The method.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")],
     preset: Annotated[str, typer.Option(help="A preset that suits small images.")] = "smoke",
+    reconstructions: Annotated[
+        bool, typer.Option("--reconstructions", help="Pretrain, and draw what is predicted of test images.")
+    ] = False,
+    dataset: DatasetName = "digits",
+    set_: Settings = [],  # noqa: B006
+    budget: Budget = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Draw a method's views and masks on embedded images, by the code that trains."""
+    """Draw a method's views and masks on embedded images, or what it reconstructs, by the code that trains."""
     from mimbench import picture as drawing
 
     if out.suffix.lower() != ".png":
         raise ConfigError(f"{out} does not end in .png")
+    if reconstructions:
+        from mimbench import data, runner
+        from mimbench.progress import Progress
+
+        progress = Progress(quiet=quiet)
+        request = runner.Request(
+            (method,), dataset=dataset, preset=preset, overrides=_overrides(set_, budget)
+        )
+        trained = next(iter(runner.pretrain_all(request, progress)))
+        drawn = drawing.reconstructions(trained.model, data.load(dataset, progress).test)
+    else:
+        drawn = drawing.views(method, preset)
     out.parent.mkdir(parents=True, exist_ok=True)
-    drawing.views(method, preset).save(out, optimize=True)
+    drawn.save(out, optimize=True)
     typer.echo(out)
 
 

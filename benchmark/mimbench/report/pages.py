@@ -16,6 +16,7 @@ from mimbench.report import comparing
 from mimbench.report.ablations import ablations
 from mimbench.report.board import boards, choices
 from mimbench.report.drawings import charts, grids, heats, heats_of
+from mimbench.report.explained import explained_views, recipe_figures
 from mimbench.report.ranking import Table, reported_view, tables, view_order
 from mimbench.report.source import Source
 from mimbench.report.speeds import speed_views
@@ -55,7 +56,8 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
     for table in ranked:
         for row in table.rows:
             row.parity = proofs[row.method]
-    names = sorted({*registry.protocols(), *(r.protocol.name for r in source.records)})
+    measured = {*(r.protocol.name for r in source.records), *(found.protocol for found in source.explained)}
+    names = sorted({*registry.protocols(), *measured})
     newest = max(map(when, source.records), default=None)
     site = {
         "runs": len(source.records),
@@ -97,6 +99,8 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
     for paper in papers:
         if not paper["here"]:
             yield page(paper["href"], "paper.html", paper=paper)
+    spreads = recipe_figures(source.records)
+    explained = explained_views(source.explained, (run.id for run in source.records), slugs)
     for section in sections:
         yield page(
             section["href"],
@@ -104,7 +108,11 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
             protocol=section,
             tables=section["tables"],
             settings=section["settings"],
+            spread=spreads.get(section["name"]),
+            explained=[view for view in explained if view["protocol"] == section["name"]],
         )
+    for view in explained:
+        yield page(view["href"], "explained.html", found=view)
     own_citation = export.own_citation(len(source.records), newest)
     for method in methods:
         runs = [r for r in source.records if r.method.slug == method["slug"]]

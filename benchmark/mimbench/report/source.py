@@ -6,9 +6,10 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mimbench import certificate, paths, reported, speed
+from mimbench import certificate, explanation, paths, reported, speed
 from mimbench.certificate import Certificate
 from mimbench.errors import DataError, MimbenchError
+from mimbench.explanation import Explanation
 from mimbench.record import Record, scan
 
 
@@ -22,6 +23,7 @@ class Source:
     comparisons: list[speed.Comparison] = field(default_factory=list)  # of speed
     certificates: list[Certificate] = field(default_factory=list)  # of parity
     catalogue: list[reported.Paper] = field(default_factory=list)  # papers that are here or planned
+    explained: list[Explanation] = field(default_factory=list)  # gaps between two numbers
 
 
 def load(folder: Path) -> Source:
@@ -29,7 +31,8 @@ def load(folder: Path) -> Source:
     a fault."""
     records, damaged = scan(folder)
     comparisons, unread = speed.scan(folder)
-    faults: list[MimbenchError] = [*damaged, *unread]
+    explained, unsound = explanation.scan(folder)
+    faults: list[MimbenchError] = [*damaged, *unread, *unsound]
     certificates: list[Certificate] = []
     try:
         certificates = certificate.certificates(folder)
@@ -51,4 +54,4 @@ def load(folder: Path) -> Source:
     texts = [
         functools.reduce(lambda text, place: text.replace(place, ""), places, str(fault)) for fault in faults
     ]
-    return Source(records, rows, texts, comparisons, certificates, catalogue)
+    return Source(records, rows, texts, comparisons, certificates, catalogue, explained)

@@ -37,9 +37,9 @@ def number(value: float | None, unit: str = "", digits: int = 1) -> str:
     return text.replace("-", "−")
 
 
-def signed(value: float, unit: str = "") -> str:
+def signed(value: float, unit: str = "", digits: int = 1) -> str:
     """A difference with its sign always shown."""
-    return ("+" if value >= 0 else "") + number(value, unit)
+    return ("+" if value >= 0 else "") + number(value, unit, digits)
 
 
 def ratio(value: float) -> str:
