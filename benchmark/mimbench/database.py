@@ -19,16 +19,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import config, paths, record, registry, reported, speed
+from mimbench import config, paths, record, registry, reported, speed, verdict
 from mimbench.environment import Facts
 from mimbench.errors import ResultsError
 from mimbench.record import MethodUsed, ProtocolUsed, Record
+from mimbench.task import Metric
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-LAYOUT = 4  # raised with every change of a table or a view
+LAYOUT = 5  # raised with every change of a table or a view
 NAME = "mimbench.duckdb"
 PATIENCE = 30.0  # seconds to wait for another program that holds the lock or the database
 
@@ -66,6 +67,8 @@ TABLES: dict[str, dict[str, str]] = {
         "protocol_version": "BIGINT",
         **dict.fromkeys(("method_code", "protocol_code", "commit"), "VARCHAR"),
         "dirty": "BOOLEAN",
+        "test_reads": "BIGINT",  # of test labels, over all repetitions
+        "test_selected": "BOOLEAN",  # the best of several scores on the test split: no estimate
         **dict.fromkeys(("environment", "command"), "VARCHAR"),
         **dict.fromkeys(("overrides", "config", "settings", "seconds", "details", "warnings"), "JSON"),
     },
@@ -83,6 +86,7 @@ TABLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(reported.COLUMNS, "VARCHAR"),
         **dict.fromkeys(("value", "pretrain_epochs"), "DOUBLE"),
     },
+    "verdicts": verdict.COLUMNS,  # a row for each reported number
     # A row per contender of a comparison; one that did not run has no times but a reason.
     "speed": {
         **dict.fromkeys(("file", "comparison", "title", "work", "contender", "version"), "VARCHAR"),
@@ -165,6 +169,15 @@ SELECT protocol, recipe, dataset, metric, compared_by, method, preset,
 FROM ends AS e
 ORDER BY protocol, dataset, recipe, fingerprint, metric, compared_by <> 'epochs', compared_by,
     CASE WHEN lower_is_better THEN mean ELSE -mean END;
+
+-- How often the labels of a test split were read for an encoder: a method, its settings and a seed.
+CREATE VIEW odometer AS
+SELECT dataset, method, preset, any_value(backbone) AS backbone, pretrain_dataset, seed, setting,
+    sum(test_reads)::BIGINT AS reads, count(*) AS runs, max(n_test) AS n_test
+FROM runs
+WHERE test_reads > 0
+GROUP BY dataset, method, preset, pretrain_dataset, seed, setting
+ORDER BY reads DESC, dataset, method, preset, setting, seed;
 
 CREATE MACRO plain(name) AS CASE regexp_replace(lower(name), '[^a-z0-9]', '', 'g')
     WHEN 'imagenet' THEN 'imagenet1k' ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
@@ -459,7 +472,7 @@ def _apply(file: Path, folder: Path) -> list[str]:
 
 
 def _layout() -> str:
-    return config.digest(LAYOUT, record.SCHEMA, TABLES, VIEWS)
+    return config.digest(LAYOUT, record.SCHEMA, verdict.VERSION, TABLES, VIEWS)
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -607,6 +620,8 @@ def _add_run(rows: _Rows, made: Record) -> None:
         protocol_code=protocol.code_hash,
         commit=made.git.get("commit"),
         dirty=made.git.get("dirty"),
+        test_reads=made.test_reads,
+        test_selected=record.test_selected(made),
         environment=environment,
         command=made.command,
         overrides=json.dumps(made.overrides),
@@ -668,7 +683,7 @@ def _refresh_sources(
     numbers: Iterable[reported.Row],
     sources: str,
 ) -> None:
-    """Papers and reported numbers anew, and which runs are stale by today's code."""
+    """Papers, reported numbers and verdicts on them anew, and which runs are stale by today's code."""
     rows = _Rows()
     for slug, card in registry.methods().items():
         texts = {
@@ -685,10 +700,11 @@ def _refresh_sources(
         if paper.slug not in registry.methods():
             known = {name: value or None for name, value in vars(paper).items()}
             rows.add("papers", **known, baseline=False, here=False)
+    numbers = list(numbers)
     for row in numbers:
         rows.add("reported", **row)
-    connection.execute("DELETE FROM papers")
-    connection.execute("DELETE FROM reported")
+    for table in ("papers", "reported", "verdicts"):
+        connection.execute(f"DELETE FROM {table}")
     _insert(connection, rows)
     codes = "SELECT DISTINCT method, method_code, protocol, protocol_version, protocol_code FROM runs"
     for slug, method_code, protocol, version, protocol_code in connection.execute(codes).fetchall():
@@ -700,4 +716,65 @@ def _refresh_sources(
             " AND protocol_version = ? AND protocol_code = ? AND stale IS DISTINCT FROM ?",
             [why, slug, method_code, protocol, version, protocol_code, why],
         )
+    rows = _Rows()
+    for found in verdict.verdicts(numbers, _measured(connection, {row["method"] for row in numbers})):
+        rows.add("verdicts", **found.content())
+    _insert(connection, rows)
     connection.execute("UPDATE state SET sources = ?", [sources])
+
+
+def _measured(connection: duckdb.DuckDBPyConnection, methods: set[str]) -> list[verdict.Measured]:
+    """The rows of these methods that reported numbers are held against, as ``verdict.measured`` makes them."""
+    columns = (
+        *("setting", "fingerprint", "recipe", "dataset", "compared_by", "id", "method", "protocol", "preset"),
+        *(
+            "seed",
+            "metric",
+            "unit",
+            "pretrain_dataset",
+            "backbone",
+            "input_size",
+            "epochs",
+            "overrides",
+            "stale",
+        ),
+    )
+    wanted = [sorted(methods)]
+    scores: dict[str, dict[str, Metric]] = {}
+    for run, name, *metric in connection.execute(
+        "SELECT run, name, m.value, m.low, m.high, m.n, m.unit FROM metrics AS m JOIN latest ON id = run"
+        " WHERE method IN (SELECT unnest(?))",
+        wanted,
+    ).fetchall():
+        scores.setdefault(run, {})[name] = Metric(*metric)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cells in connection.execute(
+        f"SELECT {', '.join(columns)} FROM latest WHERE method IN (SELECT unnest(?)) ORDER BY seed", wanted
+    ).fetchall():
+        groups.setdefault(cells[:5], []).append(dict(zip(columns, cells, strict=True)))
+    found = []
+    for runs in groups.values():
+        first = runs[0]
+        found.append(
+            verdict.Measured(
+                method=first["method"],
+                protocol=first["protocol"],
+                preset=first["preset"],
+                setting=verdict.Setting(
+                    metric=first["metric"],
+                    data=first["dataset"],
+                    pretrain_data=first["pretrain_dataset"],
+                    backbone=first["backbone"],
+                    image_size=first["input_size"],
+                    recipe=first["recipe"],
+                    epochs=sum(run["epochs"] for run in runs) / len(runs),
+                    unit=first["unit"],
+                    changed=verdict.changed(json.loads(first["overrides"])),
+                ),
+                seeds=tuple(run["seed"] for run in runs),
+                runs=tuple(run["id"] for run in runs),
+                stale="; ".join(dict.fromkeys(run["stale"] for run in runs if run["stale"])),
+                scores=verdict.scores([scores[run["id"]] for run in runs]),
+            )
+        )
+    return found

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mimbench import __version__, database, paths
-from mimbench.record import setting
+from mimbench import __version__, database, paths, verdict
+from mimbench.record import setting, test_selected
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from mimbench.registry import Card
     from mimbench.report.ranking import Row, Table
+    from mimbench.verdict import Verdict
 
 DATABASE = "data/mimbench.duckdb"  # below the site's folder
 # Those of the database's view 'leaderboard' and its types, with the first and the last place that tests leave open.
@@ -43,14 +44,22 @@ WIDTHS = {**dict.fromkeys("fijlrtI.,:;'|()[] -", 4.1), **dict.fromkeys("mwMW%", 
 
 def files(table: Table) -> dict[str, bytes]:
     """A ranking as CSV and as Parquet, by path below the site's folder: a row a row, floats in full."""
+    return _as_files(f"data/{table.anchor}", [_cells(table, row) for row in table.rows], COLUMNS)
+
+
+def verdicts(found: Sequence[Verdict]) -> dict[str, bytes]:
+    """The ledger as CSV and as Parquet: a row a reported number."""
+    return _as_files("data/verdicts", [each.content() for each in found], verdict.COLUMNS)
+
+
+def _as_files(name: str, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> dict[str, bytes]:
     import pyarrow.csv
     import pyarrow.parquet
 
-    held = database.arrow([_cells(table, row) for row in table.rows], COLUMNS)
+    held = database.arrow(rows, columns)
     csv, parquet = io.BytesIO(), io.BytesIO()
     pyarrow.csv.write_csv(held, csv)
     pyarrow.parquet.write_table(held, parquet)
-    name = f"data/{table.anchor}"
     return {f"{name}.csv": csv.getvalue(), f"{name}.parquet": parquet.getvalue()}
 
 
@@ -101,12 +110,14 @@ def badge(slug: str, protocols: Sequence[str], tables: Sequence[Table], parity: 
     """What a method's badge says, and its drawing's widths.
 
     Its value under the first of ``protocols`` (those of its card, the usual first) that it was run under: of
-    several rows the one of most seeds, then of most test images, never the best. Without a value of today's
+    several rows the one of most seeds, then of most test images, never the best, and never one whose score is the
+    best of several on the test split. Without a value of today's
     code its parity with the authors' code is said, where that was tested.
     """
     from mimbench.report.words import number
 
-    found = [(table, row) for table in tables for row in table.rows if row.method == slug]
+    rows = ((table, row) for table in tables for row in table.rows if row.method == slug)
+    found = [pair for pair in rows if not test_selected(pair[1].runs[0])]
     order = {name: place for place, name in enumerate(protocols)}
     found.sort(
         key=lambda pair: (

@@ -16,6 +16,7 @@ claim of its own, so that of a hundred tests of numbers at the margin's edge up 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,7 +149,7 @@ def changed(overrides: Mapping[str, Any], name: str = "") -> tuple[str, ...]:
 def _plain(name: str | None) -> str:
     """A name without case and punctuation: cifar-10 and cifar10 are one data set."""
     plain = re.sub(r"[^a-z0-9]", "", (name or "").lower())
-    return {"imagenet": "imagenet1k"}.get(plain, plain)
+    return {"imagenet": "imagenet1k", "resnet18cifarstem": "resnet18cifar"}.get(plain, plain)
 
 
 # The verdict ------------------------------------------------------------------------------------------
@@ -198,6 +199,19 @@ def scores(runs: Sequence[Mapping[str, Metric]]) -> dict[str, tuple[Metric, ...]
     return {name: tuple(run[name] for run in runs) for name in runs[0] if all(name in run for run in runs)}
 
 
+# Of a verdict's content(), with their types in SQL.
+COLUMNS = {
+    **dict.fromkeys(("slug", *reported.COLUMNS), "VARCHAR"),
+    **dict.fromkeys(("value", "pretrain_epochs"), "DOUBLE"),
+    **dict.fromkeys(("verdict", "reason", "said", "differences"), "VARCHAR"),
+    **dict.fromkeys(("preset", "recipe", "our_metric", "our_unit"), "VARCHAR"),
+    **dict.fromkeys(("ours", "low", "high"), "DOUBLE"),  # the nearest; comparable where nothing differs
+    **{"seeds": "BIGINT", "stale": "VARCHAR"},
+    **dict.fromkeys(("margin", "difference", "difference_low", "difference_high"), "DOUBLE"),
+    **dict.fromkeys(("p_within", "p_beyond"), "DOUBLE"),
+}
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What can be said here of one reported number."""
@@ -225,7 +239,7 @@ class Verdict:
         return REASONS[self.reason]
 
     def content(self) -> dict[str, Any]:
-        """For JSON and the database: flat, None for what does not apply."""
+        """For JSON and tables: flat, with COLUMNS as names, None for what does not apply."""
         ours, test = self.ours, self.test
         told = self.differences or {}
         return {
@@ -239,8 +253,8 @@ class Verdict:
             or None,
             "preset": ours.preset if ours else None,
             "recipe": ours.setting.recipe if ours else None,
-            "metric_of_ours": self.metric or None,
-            "unit_of_ours": self.unit or None,
+            "our_metric": self.metric or None,
+            "our_unit": self.unit or None,
             "ours": self.mean,
             "low": self.low,
             "high": self.high,
@@ -269,6 +283,13 @@ def verdicts(numbers: Sequence[reported.Row], rows: Iterable[Measured]) -> list[
         )
         for theirs in numbers
     ]
+
+
+def counts(found: Iterable[Verdict]) -> dict[tuple[str, str], int]:
+    """How many numbers have each verdict for each reason; in the order of VERDICTS and REASONS."""
+    held = Counter((each.verdict, each.reason) for each in found)
+    order = ((kind, reason) for kind in VERDICTS for reason in REASONS)
+    return {key: held[key] for key in order if key in held}
 
 
 def _as_told(theirs: reported.Row) -> tuple[Any, ...]:

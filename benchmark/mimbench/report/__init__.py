@@ -12,8 +12,11 @@ from pathlib import Path
 
 from mimbench import database, export
 from mimbench.errors import ResultsError
+from mimbench.report.ledger import verdicts
 from mimbench.report.pages import pages
 from mimbench.report.source import load
+
+__all__ = ["load", "pages", "report", "single_file", "verdicts"]
 
 LISTING = ".mimbench-pages"  # what a former call wrote
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from mimbench import export, paths, registry, reported
 from mimbench.certificate import Certificate
-from mimbench.record import Record, place, stale
+from mimbench.record import Record, place, stale, test_selected
 from mimbench.report import comparing
 from mimbench.report.ablations import ablations
 from mimbench.report.board import boards, choices
 from mimbench.report.drawings import charts, grids, heats, heats_of
 from mimbench.report.explained import explained_views, recipe_figures
-from mimbench.report.ranking import Table, reported_view, tables, view_order
+from mimbench.report.ledger import by_paper, ledger, verdicts
+from mimbench.report.ranking import Table, tables, view_order
+from mimbench.report.readings import readings
 from mimbench.report.source import Source
 from mimbench.report.speeds import speed_views
 from mimbench.report.words import (
@@ -94,7 +96,13 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
         bar | {k: view[k] for k in ("title", "anchor", "device")} for view in timed for bar in view["bars"]
     ]
     yield page("speed.html", "speed.html", comparisons=timed, bars=bars)
-    papers = [_paper(paper, source) for paper in source.catalogue]
+    judged = verdicts(source, ranked)
+    numbers = by_paper(judged)
+    papers = [_paper(paper, source, numbers.get(paper.slug, [])) for paper in source.catalogue]
+    places = {paper["slug"]: paper["href"] for paper in papers} | {m["slug"]: m["href"] for m in methods}
+    yield page("verdicts.html", "verdicts.html", **ledger(judged, places))
+    yield from export.verdicts(judged).items()
+    yield page("odometer.html", "odometer.html", **readings(source.records))
     yield page("papers.html", "papers.html", papers=papers)
     for paper in papers:
         if not paper["here"]:
@@ -122,7 +130,7 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
             "method.html",
             method=method,
             results=[run_view(run) for run in runs],
-            reported=_numbers(method["slug"], source),
+            reported=numbers.get(method["slug"], []),
             charts=charts(runs),
             commands=list(dict.fromkeys(run.command for run in runs)),
             files=[{"name": view["file"], "href": view["href"]} for view in map(run_view, runs)],
@@ -207,11 +215,10 @@ def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
     }
 
 
-def _paper(paper: reported.Paper, source: Source) -> dict[str, Any]:
-    """A paper of the catalogue: what is here of it, and what it reports."""
+def _paper(paper: reported.Paper, source: Source, numbers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A paper of the catalogue: what is here of it, and the ``numbers`` that it reports."""
     here = paper.slug in registry.methods()
     runs = [run for run in source.records if run.method.slug == paper.slug]
-    numbers = _numbers(paper.slug, source)
     return {
         **vars(paper),
         "here": here,
@@ -222,10 +229,6 @@ def _paper(paper: reported.Paper, source: Source) -> dict[str, Any]:
         "verified": sum(row["confidence"] == "verified" for row in numbers),
         "code_link": _code_link(paper.code),
     }
-
-
-def _numbers(slug: str, source: Source) -> list[dict[str, Any]]:
-    return [reported_view(row) for row in source.papers if row["slug"] == slug]
 
 
 def _code_link(code: str) -> str:
@@ -305,6 +308,7 @@ def run_view(run: Record) -> dict[str, Any]:
         "how": how([run]),
         "date": when(run),
         "stale": stale(run) or "",
+        "test_selected": test_selected(run),
         "warnings": run.warnings,
         "command": run.command,
         "file": place(run, Path()).as_posix(),
@@ -320,7 +324,7 @@ def _run_parts(run: Record) -> dict[str, Any]:
     drawn = tuple(f"{name}." for name in grids(run.details))
     parts = {
         "Evaluation": {"fingerprint": run.fingerprint, **dataclasses.asdict(run.protocol)},
-        "Evaluation data": dataclasses.asdict(run.data),
+        "Evaluation data": {**dataclasses.asdict(run.data), "reads of test labels": run.test_reads},
         "Details": run.details,
         "Encoder": {"backbone": run.backbone, **dataclasses.asdict(run.encoder)},
         "Pretraining": dataclasses.asdict(run.pretrain),
