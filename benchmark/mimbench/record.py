@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimbench import config, paths, registry
+from mimbench.curve import Curve
 from mimbench.environment import Facts
 from mimbench.errors import ResultsError
 from mimbench.task import Metric
@@ -129,7 +130,7 @@ class Record:
     environment: Facts
     git: Facts
     seconds: dict[str, float]  # wall time per stage
-    curve: Sequence[Mapping[str, float]]  # of pretraining: step, epoch, lr, loss and logged scalars
+    curve: list[dict[str, float]]  # of pretraining: step, epoch, lr, loss and logged scalars
     metrics: dict[str, Metric]
     primary: str  # the metric that ranks
     test_reads: int = 1  # of test labels, for this run and all that it replaced
@@ -287,9 +288,13 @@ def write(record: Record, folder: Path) -> Path:
     return file
 
 
+def _content(record: Record) -> dict[str, Any]:
+    return without_home(dataclasses.asdict(record) | {"curve": list(record.curve)})
+
+
 def dumps(record: Record) -> str:
     """A record as JSON: sorted keys, floats that read back to the same bits. Refuses NaN and infinities."""
-    content = without_home(dataclasses.asdict(record))
+    content = _content(record)
     _refuse_non_finite(content, "")
     try:
         return json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n"
@@ -319,6 +324,7 @@ def loads(text: str, where: str) -> Record:
             raise ResultsError(f"{where} has schema {content['schema']}, which never existed")
         content = MIGRATIONS[content["schema"]](content)
     record: Record = parse(content, Record, where)
+    object.__setattr__(record, "curve", Curve(record.curve))
     if record.primary not in record.metrics:
         raise ResultsError(f"{where}: the primary metric '{record.primary}' is not among the metrics")
     try:
@@ -392,7 +398,7 @@ def write_text(file: Path, text: str) -> None:
 
 def _rescue(record: Record) -> str:
     """Keeps what ``write`` could not; a sentence that says where it is."""
-    text = json.dumps(without_home(dataclasses.asdict(record)), indent=1, default=repr, skipkeys=True) + "\n"
+    text = json.dumps(_content(record), indent=1, default=repr, skipkeys=True) + "\n"
     file = place(record, paths.cache() / "unsaved")
     try:
         write_text(file, text)
@@ -433,7 +439,7 @@ def parse(value: Any, kind: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(value, kind, where)
     if origin is dict and isinstance(value, dict):
-        if arguments[1] is float and all(type(item) is float for item in value.values()):
+        if arguments[1] is float and all(type(item) in (float, int) for item in value.values()):
             return value  # most of a record: the points of its curve
         return {key: parse(item, arguments[1], f"{where}: {key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
