@@ -9,6 +9,9 @@ numbers were made with it or with something close to it.
 
 The encoder that is passed in is copied, never changed. Test images are resized and cropped once: there is no
 test-time augmentation.
+
+Held against: the paper's recipe, setting by setting, learning rates that decay by layer counted by hand, and runs
+repeated to the last digit (``tests/protocols/test_finetune.py``).
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ jackknife over both samples; the distribution of the encoder's weights is not in
 
 Only encoders with ``generate(count, steps, temperature, generator)``, which gives images (count, 3, H, W) in [0, 1],
 can be scored.
+
+Held against: torchmetrics' and SciPy's Fréchet distance of the same features, and blurred, noisy and repeated images,
+which score worse than good ones (``tests/protocols/test_generation.py``).
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ features is not part of a recipe.
 
 The search is exact (``mimbench.neighbours``). Equal distances are won by the earlier training image, equal votes
 by the lower class; of values of k that do equally well the smallest is taken.
+
+Held against: scikit-learn's and lightly's predictions from the same features of real images, label by label
+(``tests/test_score.py``, ``tests/protocols/test_knn.py``).
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ over the input's).
 Labels of the first frames are all that ``Task.clips`` shows of the test split before the predictions are final.
 Pixels of ``ignore_index`` give no label and count nowhere. Intervals resample clips; clips of one drive are
 alike, so on CamVid they speak of these two drives.
+
+Held against: a plain loop over frames and places, J and F of masks and PCK of points counted by hand, and features
+that know the answer, which score 100 (``tests/protocols/test_label_propagation.py``).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ a row's value is the median of its repeats. bf16 is autocast. Latency is that of
 
 The matrix-product peak is measured in the same run, so the share of it that a row reaches can be compared
 between machines when images per second cannot.
+
+Held against: FLOPs counted by hand, and batches that do not fit (``tests/protocols/test_throughput.py``).
 """
 
 from __future__ import annotations
