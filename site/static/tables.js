@@ -99,7 +99,8 @@ if (controls) {
 
   const restore = () => {
     const state = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
-    controls.reset();
+    for (const field of controls.querySelectorAll("input, select")) field.value = field.options?.[0].value ?? "";
+    for (const board of boards) board.querySelector("table").sortBy(0, undefined);
     for (const [name, value] of state) {
       const field = controls.elements[name];
       if (field && (field.type === "search" || [...field.options].some((option) => option.value === value)))
