@@ -117,7 +117,7 @@
       sorted.map(([label, [x, y, difference]]) => make("tr", {}, make("th", { scope: "row" }, text(label)),
         number(fixed(x, 1)), number(fixed(y, 1)), number(signed(difference, 1)),
         make("td", { class: "drawn" }, bar(difference)))), false);
-    table.classList.add("rows");
+    table.classList.add("tall");
     return make("details", pairs.length === 1 ? { open: "" } : {}, summary, table);
   }));
 
@@ -132,7 +132,7 @@
       [["Setting"], ...rows.map((row) => [text(row.label)])],
       order.map((name) => make("tr", {}, make("th", { scope: "row" }, text(name)),
         ...values(name).map((value) => make("td", { class: "value" }, text(value))))));
-    table.classList.add("rows");
+    table.classList.add("tall");
     return table;
   }
 
