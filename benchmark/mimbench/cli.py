@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -211,7 +211,9 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
             outcomes.extend(runner.run(request, Progress(quiet=quiet)))
         finally:  # what was finished before a fault or Ctrl-C is shown too
             if as_json:
-                _print_json([dataclasses.asdict(outcome.record) for outcome in outcomes])
+                from mimbench.record import content
+
+                _print_json([content(outcome.record) for outcome in outcomes])
             elif outcomes:
                 _print_outcomes(outcomes)
 
@@ -352,7 +354,7 @@ def list_runs(as_json: AsJson = False) -> None:
     records, faults = record.scan(paths.results())
     records = sorted(records, key=lambda made: made.created, reverse=True)
     if as_json:
-        _print_json([dataclasses.asdict(made) for made in records])
+        _print_json([record.content(made) for made in records])
         return
     rows = [
         [
@@ -376,8 +378,7 @@ def list_runs(as_json: AsJson = False) -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A run's id (or its beginning), or a method.")]) -> None:
     """Everything about one run, as JSON; or a method's card and presets."""
-    from mimbench import config, paths, record, registry
-    from mimbench.errors import UnknownName
+    from mimbench import config, record, registry
 
     if name in registry.methods():
         card = registry.method(name)
@@ -386,13 +387,67 @@ def show(name: Annotated[str, typer.Argument(help="A run's id (or its beginning)
         facts = {"title": card.title, "arxiv": card.arxiv, "code": card.code, "summary": card.summary}
         _print_json({**facts, "protocols": card.protocols, "deviations": card.deviations, "presets": presets})
         return
+    _print_json(record.content(_run_of(name, also=list(registry.methods()))))
+
+
+def _run_of(name: str, also: Sequence[str] = ()) -> Record:
+    """The recorded run whose id begins with ``name``; ``also`` are names that would have been known too."""
+    from mimbench import paths, record
+    from mimbench.errors import UnknownName
+
     records, _ = record.scan(paths.results())
     found = [made for made in records if made.id.startswith(name)]
     if len(found) > 1:
         raise ConfigError(f"'{name}' begins {len(found)} runs", f"They are {', '.join(m.id for m in found)}")
     if not found:
-        raise UnknownName("run or method", name, [*registry.methods(), *(made.id for made in records)])
-    _print_json(dataclasses.asdict(found[0]))
+        what = "run or method" if also else "run"
+        raise UnknownName(what, name, [*also, *(made.id for made in records)])
+    return found[0]
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run's id, or its beginning.")],
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Take a pretraining from the cache: repeat the evaluation alone.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Repeat a recorded run here: do its metrics lie within their recorded intervals? Exit 1 if not."""
+    from mimbench import verify as repeating
+
+    recorded = _run_of(run)
+    if not (quiet or as_json):
+        typer.echo(f"Repeating: {recorded.command}", err=True)
+    found = repeating.verify(recorded, reuse=reuse, quiet=quiet or as_json)
+    if as_json:
+        _print_json({**dataclasses.asdict(found), "passed": found.passed})
+    else:
+        rows = []
+        for line in found.lines:
+            interval = "" if line.low is None else f"{line.low:.2f} to {line.high:.2f}"
+            ranks = " (ranks)" if line.name == found.primary else ""
+            verdict = line.verdict
+            rows.append(
+                [
+                    line.name + ranks,
+                    f"{line.recorded:.4g}",
+                    interval,
+                    f"{line.repeated:.4g}",
+                    line.unit,
+                    verdict,
+                ]
+            )
+        _print_table(["metric", "recorded", "95 % interval", "now", "", "verdict"], rows)
+        for name, (then, now) in found.environment.items():
+            typer.echo(f"{name} was {then} and is {now}")
+        if found.code:
+            typer.echo(f"today's code is another: {found.code}")
+        done = "lies within its recorded interval" if found.passed else "lies OUTSIDE its recorded interval"
+        typer.echo(f"{found.primary} of run {found.run} {done}, after {_seconds(found.seconds)}")
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -288,16 +288,17 @@ def write(record: Record, folder: Path) -> Path:
     return file
 
 
-def _content(record: Record) -> dict[str, Any]:
+def content(record: Record) -> dict[str, Any]:
+    """A record as plain tables and lists, without the name of the user's home folder."""
     return without_home(dataclasses.asdict(record) | {"curve": list(record.curve)})
 
 
 def dumps(record: Record) -> str:
     """A record as JSON: sorted keys, floats that read back to the same bits. Refuses NaN and infinities."""
-    content = _content(record)
-    _refuse_non_finite(content, "")
+    found = content(record)
+    _refuse_non_finite(found, "")
     try:
-        return json.dumps(content, sort_keys=True, indent=1, allow_nan=False) + "\n"
+        return json.dumps(found, sort_keys=True, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as fault:
         raise ResultsError(f"the record cannot be written as JSON: {fault}") from None
 
@@ -398,7 +399,7 @@ def write_text(file: Path, text: str) -> None:
 
 def _rescue(record: Record) -> str:
     """Keeps what ``write`` could not; a sentence that says where it is."""
-    text = json.dumps(_content(record), indent=1, default=repr, skipkeys=True) + "\n"
+    text = json.dumps(content(record), indent=1, default=repr, skipkeys=True) + "\n"
     file = place(record, paths.cache() / "unsaved")
     try:
         write_text(file, text)
