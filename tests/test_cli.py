@@ -644,6 +644,23 @@ def test_a_picture_goes_where_it_should(mimbench: Command, fails: Callable[..., 
     fails(f"picture mae --out {tmp_path / 'file' / 'mae.png'}", "cannot be written")
 
 
+def test_every_reported_number_has_a_verdict(mimbench: Command, fails: Callable[..., str]) -> None:
+    ended = mimbench("verdicts")
+    assert (ended.code, ended.err) == (0, "")
+    assert "the method is not here yet" in ended.out
+    assert "imagenet-1k" not in ended.out, "what cannot be tested is counted, not listed"
+    listed = mimbench("verdicts simsiam")
+    assert "91.8 %" in listed.out
+    content = json.loads(mimbench("verdicts simsiam --json").out)
+    found = content["verdicts"]
+    assert content["margins"] == 1
+    counted = [int(line.split()[0]) for line in listed.out.splitlines() if line[:1].isdigit()]
+    assert sum(counted) == len(found) > 0
+    assert {row["reason"] for row in found} == {"run", "protocol"}
+    assert all("simsiam" in (row["slug"], row["method"]) for row in found)
+    fails("verdicts simsia", "Did you mean simsiam")
+
+
 def test_doctor_says_where_things_are(mimbench: Command, tmp_path: Path) -> None:
     ended = mimbench("doctor")
     assert ended.code == 0

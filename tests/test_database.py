@@ -16,7 +16,7 @@ import pytest
 import scipy.stats
 from test_record import make_record
 
-from mimbench import database, paths, record, registry, reported, speed
+from mimbench import database, paths, record, registry, reported, speed, verdict
 from mimbench.errors import ResultsError
 from mimbench.record import MethodUsed, Record
 from mimbench.task import Metric
@@ -523,6 +523,68 @@ def test_a_gap_to_a_paper_needs_the_same_setting_in_every_respect(
     assert ask(folder, "SELECT DISTINCT recipe, gap FROM comparison WHERE recipe IS NOT NULL") == [
         ("ours dino", None)
     ]
+
+
+def test_verdicts_are_those_of_the_records(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = {
+        **{"slug": "mae", "method": "mae", "backbone": "vit 12x192/4", "pretrain_data": "CIFAR-10"},
+        **{"pretrain_epochs": 1.5, "image_size": "32", "protocol": "knn", "dataset": "cifar-10"},
+        **{"metric": "top1", "value": 61.0, "unit": "%", "source": "arXiv", "locator": "Table 1"},
+        "confidence": "verified",
+    }
+    changes: list[dict[str, Any]] = [
+        *({}, {"backbone": None}, {"method": "simmim"}, {"protocol": "linear"}, {"method": "gone"}),
+        *({"value": 99.0, "source": "another"}, {"slug": "simmim"}),
+    ]
+    numbers = [same | change for change in changes]
+    monkeypatch.setattr(reported, "read_all", lambda: numbers)
+    runs = []
+    half = {"mask_ratio": 0.5}
+    ablation = {"overrides": half, "config": make_record().config | half}
+    for seed in range(3):
+        for more in ({}, ablation):
+            run = make_record(seed=seed, score=61.0 + seed / 10, **more)
+            runs.append(dataclasses.replace(run, protocol=dataclasses.replace(run.protocol, recipe="mae")))
+            record.write(runs[-1], folder)
+    database.update(folder)
+    columns, found = database.query("FROM verdicts ORDER BY ALL", folder)
+    table = [dict(zip(columns, row, strict=True)) for row in found]
+    rows = [verdict.measured(runs[start::2]) for start in (0, 1)]
+    expected = [each.content() for each in verdict.verdicts(numbers, rows)]
+    assert sorted(table, key=str) == sorted(expected, key=str)
+    assert [each["verdict"] for each in expected] == [
+        "reproduced",
+        *["untestable"] * 4,
+        "different",
+        "untestable",
+    ]
+    assert ask(
+        folder, "SELECT preset, seeds, round(difference, 6), margin FROM verdicts WHERE p_within < 0.05"
+    ) == [("cifar", 3, 0.1, 1.0)]
+    record.place(runs[0], folder).unlink()
+    database.update(folder)
+    assert ask(folder, "SELECT seeds FROM verdicts WHERE difference IS NOT NULL") == [(2,), (2,)]
+
+
+def test_reads_of_test_labels_are_counted_by_encoder(folder: Path) -> None:
+    for run in (
+        make_record(test_reads=4, details={"chosen_on": "test"}),
+        make_record(seed=1, test_reads=2),
+        make_record(seed=1, preset="laptop"),
+        make_record(seed=2, test_reads=0),
+    ):
+        record.write(run, folder)
+    other = make_record(seed=1, test_reads=3)
+    record.write(
+        dataclasses.replace(other, protocol=dataclasses.replace(other.protocol, recipe="solo")), folder
+    )
+    database.update(folder)
+    assert ask(folder, "SELECT dataset, preset, seed, reads, runs, n_test FROM odometer") == [
+        ("cifar10", "cifar", 1, 5, 2, 400),
+        ("cifar10", "cifar", 0, 4, 1, 400),
+        ("cifar10", "laptop", 1, 1, 1, 400),
+    ]
+    assert ask(folder, "SELECT test_reads FROM runs WHERE test_selected") == [(4,)]
 
 
 def test_the_real_papers_and_their_numbers_load(tmp_path: Path) -> None:

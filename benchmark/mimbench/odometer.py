@@ -136,9 +136,6 @@ def _yardstick(run: Record) -> tuple[Any, ...]:
     """What two runs share that differ in how they choose alone: the weights, the data and all other settings."""
     protocol = run.protocol
     rest = {name: value for name, value in protocol.settings.items() if name not in _CHOICE}
-    how = (
-        protocol.name,
-        protocol.version,
-        json.dumps(rest, sort_keys=True),
-    )  # with all that there is to choose from
-    return run.pretrain.key, run.seed, run.data.fingerprint, run.encoder.input_size, *how
+    others = json.dumps(rest, sort_keys=True)  # with all that there is to choose from
+    scored = (run.pretrain.key, run.seed, run.data.fingerprint, run.encoder.input_size)
+    return *scored, protocol.name, protocol.version, others
