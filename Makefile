@@ -5,7 +5,7 @@ PYTHONS := python3 python3.13 python3.12 python3.11
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in $(PYTHONS); do $$p $(IS_NEW_ENOUGH) && echo $$p && break; done)
 
-.PHONY: help demo test check bench format site clean
+.PHONY: help demo test check bench format site screenshots clean
 help:
 	@echo "make demo     set up, pretrain and probe CropMAE on embedded images, render the report (minutes)"
 	@echo "make test     set up and run all tests"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench    time ours beside what you would use instead, for the report's speed page"
 	@echo "make format   mend what lint and formatting can mend"
 	@echo "make site     render the report from the records in results/"
+	@echo "make screenshots   render it and take its pictures for docs/ (needs Chromium)"
 	@echo "make clean    remove the environment and everything rendered"
 
 $(READY): pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ format: $(READY)
 
 site: $(READY)
 	$(BIN)/mimbench report
+
+screenshots: $(READY)
+	$(BIN)/python tests/screenshots.py
 
 clean:
 	rm -rf $(VENV) site/_build
