@@ -16,13 +16,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_report import crawl
 
-from mimbench import cli, config, explain, explanation, paths, record, registry, reported, score, stats
+from mimbench import (
+    cli,
+    config,
+    explain,
+    explanation,
+    paths,
+    record,
+    registry,
+    report,
+    reported,
+    score,
+    stats,
+)
 from mimbench.errors import ConfigError, ResultsError
 from mimbench.explain import Question
 from mimbench.explanation import Explanation, shares
 from mimbench.progress import quiet
 from mimbench.record import Record
+from mimbench.report import explained as views
+from mimbench.report import words
 from mimbench.task import Metric, Result
 from mimbench.walk import FEW, plan, walk
 
@@ -292,7 +307,7 @@ def test_recipes_on_a_pretrained_encoder_say_the_same(runs: dict[tuple[str, int]
     how: dict[str, Any] = {"method": "random_init", "preset": "smoke", "overrides": settings}
     found = explained("knn:lightly", "knn:sklearn", **how)
     assert found.b.value == runs["sklearn", 0].score.value
-    assert found.encoder == "random_init, smoke preset, seed 0"
+    assert found.encoder == f"random_init, smoke preset, {', '.join(settings)}, seed 0"
     assert shlex.split(found.command)[:4] == ["mimbench", "explain", "knn:lightly", "knn:sklearn"]
     assert explained("knn:lightly", "knn:sklearn", seed=1, **how).key != found.key
     with pytest.raises(ConfigError, match="has not been pretrained"):
@@ -547,3 +562,149 @@ def test_a_run_leaves_no_room_for_another_method(
     assert "nothing to explain" in capsys.readouterr().err
     settings = config.to_dict(config.build(knn.Settings, run.protocol.settings))
     assert settings == run.protocol.settings
+
+
+# The pages
+
+
+@pytest.fixture
+def site(
+    runs: dict[tuple[str, int], Record], features: Path, rows: list[reported.Row], tmp_path: Path
+) -> Path:
+    """A rendered report of four runs and explanations of each kind."""
+    held = list(runs.values())
+    pairs = (
+        (("lightly", 0), ("sklearn", 0)),
+        (("lightly", 0), ("sklearn", 1)),
+        (("lightly", 1), ("lightly", 0)),
+    )
+    found = [explained(runs[a].id, runs[b].id, held) for a, b in pairs]
+    found += [explained("knn:dino", "knn:stable_pretraining", features=features)]
+    found += [explained(runs["sklearn", 0].id, "reported:1", held)]
+    for one in found:
+        explanation.write(one, paths.results())
+    return report.report(paths.results(), tmp_path / "site").parent
+
+
+def test_each_explanation_has_a_page_that_its_protocol_links_to(site: Path) -> None:
+    pages = crawl(site)
+    shown = {file.name: page for file, page in pages.items() if file.parent.name == "explained"}
+    assert len(shown) == 5
+    protocol = pages[site / "protocols" / "knn.html"]
+    assert {f"../explained/{name}" for name in shown} <= set(protocol.links)
+    for found in explanation.scan(paths.results())[0]:
+        text = " ".join(shown[f"{words.page_name(found.id)}.html"].texts)
+        for part in found.parts:
+            assert words.signed(part.points, "%", 2) in text
+            assert all(name in text for name in part.settings)
+        for item in found.apart:
+            assert item.what in text
+        assert found.command in text
+        assert ("its difference has no meaning" in text) is False
+        assert ("their difference has no meaning" in text) == (found.gap.points is None)
+
+
+def test_a_waterfall_goes_from_the_first_number_to_the_second(runs: dict[tuple[str, int], Record]) -> None:
+    found = explained(runs["lightly", 0].id, runs["sklearn", 1].id, list(runs.values()))
+    (view,) = views.explained_views([found], [runs["lightly", 0].id], ["random_init"])
+    (x0, v0), (x1, v1) = ((tick["x"], float(tick["label"])) for tick in view["figure"]["ticks"][:2])
+
+    def at(value: float) -> float:
+        return x0 + (value - v0) * (x1 - x0) / (v1 - v0)
+
+    first, *bars, last = view["figure"]["rows"]
+    moves = [*(part["points"] for part in view["parts"]), view["rest"]]
+    assert [bar["kind"] for bar in bars] == [
+        *("gain" if move >= 0 else "loss" for move in moves[:-1]),
+        "rest",
+    ]
+    level = found.a.value
+    for bar, move in zip(bars, moves, strict=True):
+        assert bar["from"] == pytest.approx(at(level), abs=0.2)
+        assert bar["bar"]["x"] == pytest.approx(at(min(level, level + move)), abs=0.2)
+        assert bar["bar"]["width"] == pytest.approx(max(abs(at(move) - at(0)), 1), abs=0.2)
+        level += move
+    assert (first["dot"], last["dot"]) == (
+        pytest.approx(at(found.a.value), abs=0.2),
+        pytest.approx(at(level), abs=0.2),
+    )
+    assert (view["a"]["run_href"] != "", view["b"]["run_href"]) == (True, "")
+    assert math.fsum(part["points"] for part in view["parts"]) + view["rest"] == pytest.approx(view["gap"])
+
+
+def test_recipes_on_one_encoder_are_drawn_with_their_spread(runs: dict[tuple[str, int], Record]) -> None:
+    a, b = runs["lightly", 0], runs["sklearn", 0]
+    found = views.recipe_figures(runs.values())
+    assert list(found) == ["knn"]
+    (drawn,) = found["knn"]["drawn"]  # of the two seeds the first
+    assert found["knn"]["left_out"] == 0
+    assert [row["value"] for row in drawn["rows"]] == sorted([a.score.value, b.score.value], reverse=True)
+    paired = stats.paired(
+        *(record.unpack(run.correct) for run in sorted((a, b), key=lambda run: -run.score.value))
+    )
+    assert (drawn["low"], drawn["high"]) == (paired.low, paired.high)
+    assert words.number(abs(a.score.value - b.score.value), "%") in drawn["summary"]
+    assert views.recipe_figures([a, runs["sklearn", 1]]) == {}
+    elsewhere = dataclasses.replace(b, data=dataclasses.replace(b.data, fingerprint="e"))
+    assert views.recipe_figures([a, elsewhere]) == {}
+
+
+def test_the_newest_run_of_a_recipe_is_drawn_and_other_settings_have_a_label(
+    runs: dict[tuple[str, int], Record],
+) -> None:
+    a, b = runs["lightly", 0], runs["sklearn", 0]
+    newer = dataclasses.replace(
+        b, created="2099-01-01T00:00:00+00:00", metrics={"top1": Metric(99.0, 98.0, 99.5, 360)}
+    )
+    (drawn,) = views.recipe_figures([newer, a, b])["knn"]["drawn"]
+    assert [row["text"] for row in drawn["rows"]] == ["99.0", words.number(a.score.value, "%")]
+    assert drawn["low"] is None  # its bits make up another score
+    table = dataclasses.replace(a.protocol, settings=a.protocol.settings | {"ks": [3]})
+    changed = dataclasses.replace(a, protocol=table, overrides=a.overrides | {"knn": {"ks": [3]}})
+    (drawn,) = views.recipe_figures([a, changed])["knn"]["drawn"]
+    assert sorted(row["label"] for row in drawn["rows"]) == ["lightly", "lightly (ks=[3])"]
+    many = [
+        dataclasses.replace(run, preset=f"p{i:02d}", pretrain=dataclasses.replace(run.pretrain, key=str(i)))
+        for i in range(9)
+        for run in (a, b)
+    ]
+    assert views.recipe_figures(many)["knn"]["left_out"] == 3
+
+
+def test_hostile_names_stay_text(runs: dict[tuple[str, int], Record], tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script>\"'&" + "x" * 90 + " \u05e9\u05dc\u05d5\u05dd \u202eevil"
+    found = explained(runs["lightly", 0].id, runs["sklearn", 1].id, list(runs.values()))
+    end = dataclasses.replace(found.a, name=hostile, recipe=hostile, chosen={hostile: hostile})
+    part = dataclasses.replace(found.parts[0], settings={hostile: [hostile, hostile]})
+    apart = [explanation.Apart(hostile, hostile, hostile, hostile, hostile)]
+    changed = dataclasses.replace(
+        found,
+        **{"a": end, "parts": [part, *found.parts[1:]], "apart": apart, "notes": [hostile]},
+        **{"command": hostile, "encoder": hostile, "data": hostile, "protocol": hostile, "note": hostile},
+    )
+    file = explanation.write(changed, paths.results())
+    assert len(file.name) < 110
+    run = runs["lightly", 0]
+    odd = dataclasses.replace(run, protocol=dataclasses.replace(run.protocol, recipe=hostile, settings={}))
+    record.write(odd, paths.results())
+    site = report.report(paths.results(), tmp_path / "site").parent
+    pages = crawl(site)
+    seen = hostile.replace("\u202e", "\\u202e")
+    page = next(page for file, page in pages.items() if file.parent.name == "explained")
+    assert sum(seen in text for text in page.texts) > 8
+    assert page.tags.count("script") == 1
+    assert not any("<script>alert" in file.read_text() for file in pages)
+    assert not any("\u202e" in text for page in pages.values() for text in page.texts)
+
+
+def test_a_damaged_explanation_is_named_and_the_rest_rendered(site: Path) -> None:
+    (paths.results() / "explained" / "torn.json").write_text("{")
+    report.report(paths.results(), site)
+    assert "explained/torn.json is not JSON" in (site / "index.html").read_text()
+    assert len(list((site / "explained").iterdir())) == 5
+
+
+def test_the_same_explanations_give_the_same_bytes(site: Path) -> None:
+    before = {file: file.read_bytes() for file in site.rglob("*.html")}
+    report.report(paths.results(), site)
+    assert before == {file: file.read_bytes() for file in site.rglob("*.html")}

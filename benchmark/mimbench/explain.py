@@ -377,7 +377,7 @@ def _file(question: Question, texts: Sequence[str], progress: Progress) -> tuple
         method="",
         data=file.name,
         data_fingerprint=digest,
-        note=f"{len(arrays.train)} training items",
+        note=f"{len(arrays.train):,} training items",
         score=lambda settings: score.evaluate(name, settings, arrays, device, progress),
     )
     return ground, [Way(text, settings) for text, (_, settings) in zip(texts, chosen, strict=True)]

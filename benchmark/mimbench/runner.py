@@ -177,7 +177,8 @@ def bench(request: Request, progress: Progress) -> Bench:
     settings = plan.method_settings(method, dataset)
     targets = _targets(plan, dataset, progress)
     pretrained = plan.pretrain(method, settings, dataset, seed, device, progress)
-    name = f"{method.text}, {plan.preset(dataset)} preset, seed {seed}"
+    mine = [item for item in request.overrides if item.partition(".")[0].strip() not in registry.protocols()]
+    name = ", ".join([method.text, f"{plan.preset(dataset)} preset", *mine, f"seed {seed}"])
     target = targets[plan.protocols[0].name]
     return Bench(name, pretrained, target, [p.settings for p in plan.protocols], device, progress)
 

@@ -89,7 +89,10 @@ def _end(end: End, found: Explanation, runs: set[str]) -> dict[str, Any]:
         "low": end.low,
         "high": end.high,
         "unit": found.unit,
-        "chosen": ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in end.chosen.items()),
+        "chosen": ", ".join(
+            f"{name.removeprefix('chosen_').replace('_', ' ')} {_text(value)}"
+            for name, value in end.chosen.items()
+        ),
         "run_href": f"runs/{page_name(end.run)}.html" if end.run in runs else "",
     }
 
@@ -100,7 +103,7 @@ def _text(value: Any) -> str:
 
 def _waterfall(found: Explanation, parts: Sequence[explanation.Part], unit: str) -> dict[str, Any]:
     """From A's score to B's, a bar for each part."""
-    rows: list[dict[str, Any]] = [_mark(found.a)]
+    rows: list[dict[str, Any]] = [_mark(found.a, found.unit)]
     level = found.a.value
     for part in parts:
         rows.append(
@@ -108,7 +111,7 @@ def _waterfall(found: Explanation, parts: Sequence[explanation.Part], unit: str)
                 "label": ", ".join(part.settings),
                 "bar": (level, level + part.points),
                 "kind": "gain" if part.points >= 0 else "loss",
-                "text": signed(part.points, found.unit),
+                "text": signed(part.points, found.unit, 2),
             }
         )
         level += part.points
@@ -119,18 +122,24 @@ def _waterfall(found: Explanation, parts: Sequence[explanation.Part], unit: str)
                 "label": "other weights",
                 "bar": (level, level + rest),
                 "kind": "rest",
-                "text": signed(rest, found.unit),
+                "text": signed(rest, found.unit, 2),
             }
         )
     if rest is not None or not found.apart:
-        rows.append(_mark(found.b))
+        rows.append(_mark(found.b, found.unit))
     told = "; ".join(f"{row['label']} {row['text']}" for row in rows)
     return _rows(rows, f"From {found.a.name} to {found.b.name}, in {unit}: {told}", found.unit)
 
 
-def _mark(end: End) -> dict[str, Any]:
+def _mark(end: End, unit: str) -> dict[str, Any]:
     interval = None if end.low is None or end.high is None else (end.low, end.high)
-    return {"label": end.name, "dot": end.value, "line": interval, "kind": "end", "text": number(end.value)}
+    return {
+        "label": end.name,
+        "dot": end.value,
+        "line": interval,
+        "kind": "end",
+        "text": number(end.value, unit, 2),
+    }
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], summary: str, unit: str) -> dict[str, Any]:
