@@ -353,7 +353,7 @@ def _recorded_ground(run: Record) -> Ground:
 
     return Ground(
         protocol=run.protocol.name,
-        encoder=f"{run.method.slug}, {run.preset} preset, seed {run.seed}",
+        encoder=_encoder(run),
         key=run.pretrain.key,
         method=run.method.slug,
         data=run.data.name,
@@ -361,6 +361,15 @@ def _recorded_ground(run: Record) -> Ground:
         note=run.data.note,
         score=refuse,
     )
+
+
+def _encoder(run: Record) -> str:
+    """A run's encoder, for people: what runner.bench calls it."""
+    own = f"{run.protocol.name}."
+    changed = [
+        f"{name}={value}" for name, value in flatten(run.overrides) if name and not name.startswith(own)
+    ]
+    return ", ".join([run.method.slug, f"{run.preset} preset", *changed, f"seed {run.seed}"])
 
 
 def _file(question: Question, texts: Sequence[str], progress: Progress) -> tuple[Ground, list[Way]]:
@@ -499,7 +508,7 @@ def _beside_a_paper(question: Question, run: Record) -> Explanation:
         protocol_code=run.protocol.code_hash,
         method=run.method.slug,
         method_code=run.method.code_hash,
-        encoder=f"{run.method.slug}, {run.preset} preset, seed {run.seed}",
+        encoder=_encoder(run),
         key=run.pretrain.key,
         data=run.data.name,
         data_fingerprint=run.data.fingerprint,
