@@ -300,13 +300,13 @@ def publish(
     copy = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with duckdb.connect(config={"threads": 1}) as connection:  # keeps the order of rows
+        # One thread keeps the order of rows. The file is a copy until it is whole, so each part may be committed.
+        with duckdb.connect(config={"threads": 1, "memory_limit": "64MB"}) as connection:
             place = str(copy).replace("'", "''")
             connection.execute(
                 f"ATTACH '{place}' AS published (BLOCK_SIZE 16384)"
             )  # a third of the default's size
             connection.execute("USE published")
-            connection.execute("BEGIN")
             _create(connection)
             for start in range(0, len(records), 100):  # curves are long: not all in memory at once
                 rows = _Rows()
@@ -319,7 +319,6 @@ def publish(
                 _add_comparison(rows, comparison, f"speed/{comparison.file}")
             _insert(connection, rows)
             _refresh_sources(connection, catalogue, numbers, content.hexdigest())
-            connection.execute("COMMIT")
             connection.execute("USE memory")
             connection.execute("DETACH published")
         os.replace(copy, file)
@@ -500,14 +499,14 @@ def _sources() -> str:
 
 
 def _create(connection: duckdb.DuckDBPyConnection) -> None:
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     for table, columns in TABLES.items():
         cells = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
         connection.execute(f"CREATE TABLE {table} ({cells})")
     connection.execute(VIEWS)
     connection.executemany(
-        "INSERT INTO student VALUES (?, ?)", [(df, float(t.ppf(0.975, df))) for df in range(1, 61)]
+        "INSERT INTO student VALUES (?, ?)", [(df, float(stdtrit(df, 0.975))) for df in range(1, 61)]
     )
     connection.execute("INSERT INTO state VALUES (?, '')", [_layout()])
 
@@ -655,8 +654,12 @@ def _insert(connection: duckdb.DuckDBPyConnection, rows: _Rows) -> None:
     curves = pa.table(rows.curves, schema=_schema(TABLES["curves"]))
     for table, content in {**held, "curves": curves}.items():
         connection.register("incoming", content)
-        new = " WHERE id NOT IN (SELECT id FROM environments)" if table == "environments" else ""
-        connection.execute(f"INSERT INTO {table} SELECT DISTINCT * FROM incoming{new}")
+        chosen = "*"
+        if table == "environments":
+            chosen = "DISTINCT * FROM incoming WHERE id NOT IN (SELECT id FROM environments)"
+        connection.execute(
+            f"INSERT INTO {table} SELECT {chosen}" + (" FROM incoming" if chosen == "*" else "")
+        )
         connection.unregister("incoming")
 
 

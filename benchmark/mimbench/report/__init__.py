@@ -32,12 +32,12 @@ def report(folder: Path, out: Path) -> Path:
     written = {export.DATABASE}
     with _writing(out):
         former = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
-        database.publish(
-            out / export.DATABASE, source.records, source.comparisons, source.catalogue, source.papers
-        )
         for path, content in pages(source):
             _write(out / path, content)
             written.add(path)
+        database.publish(
+            out / export.DATABASE, source.records, source.comparisons, source.catalogue, source.papers
+        )
         for path in set(former) - written - {""}:
             (out / path).unlink(missing_ok=True)
         _write(listing, "".join(f"{path}\n" for path in sorted(written)).encode())
