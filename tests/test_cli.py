@@ -275,7 +275,7 @@ def test_ctrl_c_outside_of_training(mimbench: Command, monkeypatch: pytest.Monke
     [
         ("run --method maee --protocol knn", "unknown method 'maee'. Did you mean mae"),
         ("run --method mae --protocol knnn", "unknown protocol 'knnn'. Did you mean knn?"),
-        ("run --method mae --protocol knn:dinoo", "unknown recipe of knn 'dinoo'. Did you mean dino?"),
+        ("run --method mae --protocol linear:dinoo", "unknown recipe of linear 'dinoo'. Did you mean dino?"),
         ("run --method mae --protocol knn --preset smok", "preset of mae 'smok'. Did you mean smoke?"),
         ("run --method mae --protocol knn --dataset digit", "data set 'digit'. Did you mean digits"),
         ("run --method mae --protocol knn --set mask_ration=0.5", "'mask_ration'. Did you mean mask_ratio?"),
