@@ -23,7 +23,7 @@ def test_reads_add_up_by_data_set_encoder_and_protocol() -> None:
         make_record(test_reads=3),
         make_record(protocol="linear", test_reads=2),
         make_record(seed=1, test_reads=1),
-        make_record(method="simmim", test_reads=4, data=DataUsed("camvid", "x", "", 10, 20)),
+        make_record(method="simmim", test_reads=4, data=DataUsed("camvid", "x", "", 10, 20), correct=None),
         make_record(protocol="throughput", test_reads=0),
     ]
     cifar, camvid = odometer.dials(reversed(runs))
@@ -34,7 +34,8 @@ def test_reads_add_up_by_data_set_encoder_and_protocol() -> None:
         {"knn": 4, "linear": 2},
     )
     assert [(each.seed, each.reads, each.runs) for each in cifar.encoders] == [(0, 5, 2), (1, 1, 1)]
-    assert (camvid.reads, camvid.n, len(camvid.encoders)) == (4, 20, 1)
+    assert (camvid.reads, camvid.accuracies, camvid.n, len(camvid.encoders)) == (4, 0, 20, 1)
+    assert cifar.accuracies == 6
     assert odometer.dials(runs[-1:]) == []
 
 
@@ -50,9 +51,9 @@ def test_no_choice_among_equal_encoders_flatters_by_more(reads: int, n: int) -> 
     draw = np.random.default_rng(reads)
     scores = 100 * draw.binomial(n, 0.5, (2000, reads)) / n  # accuracies that scatter most, independent
     gain = float(scores.max(1).mean()) - 50
-    bound = odometer.Dial("d", n, reads=reads).flattery
+    bound = odometer.Dial("d", n, accuracies=reads).flattery
     assert 0.4 * bound < gain < bound
-    assert odometer.Dial("d", n, reads=1).flattery == odometer.Dial("d", n).flattery == 0
+    assert odometer.Dial("d", n, accuracies=1).flattery == odometer.Dial("d", n).flattery == 0
 
 
 def chosen(right: np.ndarray, on_test: bool = False, **changes: Any) -> Record:
@@ -105,14 +106,14 @@ def test_only_equal_weights_data_and_settings_are_paired() -> None:
 
 
 def test_the_page_shows_reads_and_what_they_may_flatter(suite: Any, tmp_path: Path) -> None:
-    site = render(
-        tmp_path, made(seed=0, test_reads=3), made("beta", test_reads=2), made(protocol="robustness")
-    )
+    right = record.pack(np.arange(360) % 3 > 0)
+    runs = [made(seed=0, test_reads=3, correct=right), made("beta", test_reads=2, correct=right)]
+    site = render(tmp_path, *runs, made(protocol="robustness"))
     pages = crawl(site)
     said = " ".join(" ".join(pages[site / "odometer.html"].texts).split())
     assert "6 reads of test labels" in said
     assert "digits 360 6 2 3 linear 5, robustness 1" in said
-    assert f"{50 / math.sqrt(360) * math.sqrt(2 * math.log(6)):.1f}" in said
+    assert f"{50 / math.sqrt(360) * math.sqrt(2 * math.log(5)):.1f}" in said
     assert "No encoder has been scored in both ways yet" in said
     assert "odometer.html" in (site / "about.html").read_text()
     empty = " ".join(Page((render(tmp_path / "empty") / "odometer.html").read_text()).texts)
@@ -142,8 +143,9 @@ def test_a_test_selected_row_is_marked_and_ranks_apart(suite: Any, tmp_path: Pat
     assert [("test-selected" in caption) for caption in captions] == [False, True]
     said = " ".join(" ".join(Page((site / "odometer.html").read_text()).texts).split())
     assert "10: 60.00, 20: 67.20 2 looked at 7.20" in said
+    assert "Of 1 encoder scored in both ways: 0.83 points on average, 0.83 at most; for 0 both" in said
     found = stats.paired(more, right)
-    assert f"+{found.difference:.2f}" in said or f"+{found.difference:.1f}" in said
+    assert f"+{found.difference:.2f}" in said
     assert "test-selected" in (site / "runs" / f"{best.id}.html").read_text().lower()
     assert "test-selected" not in (site / "runs" / f"{ours.id}.html").read_text().lower()
     badge = next((site / "badges").glob("alpha*.svg")).read_text()

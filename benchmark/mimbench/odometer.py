@@ -43,18 +43,21 @@ class Dial:
     data: str
     n: int  # test images
     reads: int = 0
+    accuracies: int = 0  # reads that gave one, which is what flattery bounds
     runs: int = 0
     protocols: Counter[str] = field(default_factory=Counter)
     encoders: list[Count] = field(default_factory=list)  # most read first
 
     @property
     def flattery(self) -> float:
-        """By how many points of accuracy the best of all reads exceeds its true score in expectation, at most.
+        """By how many points the best of all accuracies exceeds its true score in expectation, at most.
 
         The expected maximum of R errors of standard deviation s is below s sqrt(2 ln R) however they depend (errors
         with tails like a normal distribution's), and s is at most 50 / sqrt(n) points.
         """
-        return 50 / math.sqrt(self.n) * math.sqrt(2 * math.log(self.reads)) if self.reads and self.n else 0.0
+        if not self.accuracies or not self.n:
+            return 0.0
+        return 50 / math.sqrt(self.n) * math.sqrt(2 * math.log(self.accuracies))
 
 
 def dials(records: Iterable[Record]) -> list[Dial]:
@@ -72,6 +75,7 @@ def dials(records: Iterable[Record]) -> list[Dial]:
             told = (run.method.slug, run.preset, run.backbone, run.pretrain.dataset, run.seed)
             encoders[key] = Count(*told)
             dial.encoders.append(encoders[key])
+        dial.accuracies += run.test_reads if run.correct is not None else 0
         for count in (dial, encoders[key]):
             count.reads += run.test_reads
             count.runs += 1
@@ -93,7 +97,7 @@ class Optimism:
     def candidates(self) -> dict[str, float]:
         """The scores that the test labels chose from, by name."""
         found: dict[str, float] = self.best.details.get("test_top1", {})
-        return found
+        return dict(sorted(found.items(), key=lambda pair: (len(pair[0]), pair[0])))  # 20 before 100
 
     @property
     def spread(self) -> float:

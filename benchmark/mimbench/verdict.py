@@ -235,7 +235,7 @@ class Verdict:
     def said(self) -> str:
         """The reason in words."""
         if self.reason == "setting":
-            return f"our nearest runs have other {', '.join(self.differences or ())}"
+            return f"other {', '.join(self.differences or ())}"
         return REASONS[self.reason]
 
     def content(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mimbench import odometer
 from mimbench.odometer import Dial, Optimism
 from mimbench.record import Record
 from mimbench.report.ranking import STRIP
-from mimbench.report.words import number, page_name, signed
+from mimbench.report.words import number, page_name
 
 MOST = 15  # encoders of a data set that are named
 PAIRS = 100  # encoders scored in both ways that are shown
@@ -24,6 +24,7 @@ def readings(records: Sequence[Record]) -> dict[str, Any]:
         "reads": sum(dial.reads for dial in dials),
         "dials": [_dial(dial) for dial in dials],
         "pairs": _pairs(pairs[:PAIRS]),
+        "optimism": _summary(pairs),
         "more": max(0, len(pairs) - PAIRS),
     }
 
@@ -36,7 +37,7 @@ def _dial(dial: Dial) -> dict[str, Any]:
         "runs": dial.runs,
         "encoders": len(dial.encoders),
         "protocols": _told(dial.protocols),
-        "flattery": number(dial.flattery, "%"),
+        "flattery": number(dial.flattery if dial.accuracies else None, "%"),
         "most": [
             vars(each)
             | {"protocols": _told(each.protocols), "href": f"methods/{page_name(each.method)}.html"}
@@ -51,6 +52,19 @@ def _told(reads: Counter[str]) -> str:
     return ", ".join(
         f"{name} {held}" for name, held in sorted(reads.items(), key=lambda pair: (-pair[1], pair[0]))
     )
+
+
+def _summary(pairs: Sequence[Optimism]) -> dict[str, Any]:
+    """What all encoders that were scored in both ways say together."""
+    found = [pair.paired.difference for pair in pairs]
+    if not found:
+        return {}
+    return {
+        "encoders": len(found),
+        "mean": f"{sum(found) / len(found):.2f}",
+        "most": f"{max(found):.2f}",
+        "same": sum(pair.best.correct == pair.ours.correct for pair in pairs),
+    }
 
 
 def _pairs(pairs: Sequence[Optimism]) -> list[dict[str, Any]]:
@@ -73,6 +87,7 @@ def _ends(pair: Optimism) -> dict[str, float]:
 
 def _pair(pair: Optimism) -> dict[str, Any]:
     best, ours, found = pair.best, pair.ours, pair.paired
+    named = "k = " if "chosen_k" in best.details else ""
     return {
         "method": best.method.slug,
         "preset": best.preset,
@@ -85,10 +100,16 @@ def _pair(pair: Optimism) -> dict[str, Any]:
         "hrefs": [f"runs/{page_name(run.id)}.html" for run in (best, ours)],
         "unit": best.score.unit,
         "sort": found.difference,
-        "difference": signed(round(found.difference, 2), ""),
-        "interval": f"{signed(round(found.low, 2), '')} to {signed(round(found.high, 2), '')}",
-        "candidates": ", ".join(f"{name}: {value:.2f}" for name, value in pair.candidates.items()),
+        "difference": _points(found.difference),
+        "interval": f"{_points(found.low)} to {_points(found.high)}",
+        "candidates": ", ".join(f"{named}{name}: {value:.2f}" for name, value in pair.candidates.items()),
         "spread": f"{pair.spread:.2f}",
         "looks": len(pair.candidates),
         "stale": pair.stale,
     }
+
+
+def _points(difference: float) -> str:
+    """Two decimals, as two runs may differ by a few images, and the sign unless it is nothing."""
+    text = f"{difference:+.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
