@@ -23,6 +23,7 @@ from mimbench import reported as reporting
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.report import drawings, ranking, speeds, words
 from mimbench.report.ablations import ablations
+from mimbench.report.board import boards
 from mimbench.report.pages import pages as each_page
 from mimbench.report.source import Source, load
 from mimbench.task import Metric
@@ -328,6 +329,19 @@ def test_methods_that_do_not_differ_are_tied_and_a_paired_test_separates_what_in
     site = rendered(Source(several))
     assert site["index.html"].decode().count('title="rank">1–2</span>') == 2
     assert site["protocols/linear.html"].decode().count(">not separated from the row above</span>") == 1
+
+
+def test_the_front_page_shows_the_scoring_of_most_methods_and_never_the_best_on_the_test_split(
+    suite: Any,
+) -> None:
+    flattered = {"recipe": "best", "details": {"chosen_on": "test"}}
+    records = [
+        *(made("alpha", 60), made("beta", 50), made("alpha", 99, recipe="rare")),
+        *(made(slug, 98, **flattered) for slug in ("alpha", "beta", "noise")),
+    ]
+    (board,) = boards(tables(*records), [], {})
+    assert [(column.recipe, column.others) for column in board.columns] == [("cached", 2)]
+    assert {line.row.method for line in board.lines} == {"alpha", "beta"}
 
 
 def test_no_more_than_a_twentieth_of_equal_tables_has_a_separated_pair() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mimbench import config, registry, reported, stats
-from mimbench.record import Record, setting
+from mimbench.record import Record, setting, test_selected
 from mimbench.report.drawings import scatter
 from mimbench.report.ranking import Row, Table, machine, reported_view, view_order
 from mimbench.report.words import count, duration, flatten, number, page_name
@@ -161,10 +161,11 @@ def _factor_out(lines: Sequence[Line]) -> str:
     return ", ".join(sorted(f"{n}={v}" for n, v in shared if n and n != "recipe.budget"))
 
 
-def _weight(table: Table) -> tuple[int, int, str]:
-    """Of several ways of scoring the one that most methods were scored in is shown."""
+def _weight(table: Table) -> tuple[Any, ...]:
+    """Of several ways of scoring that of most methods is shown; the best on the test split only if there is no other."""
     fresh = sum(not row.stale for row in table.rows if not row.role)
-    return fresh, len(table.rows), table.fingerprint
+    honest = not any(map(test_selected, _runs([table])))
+    return honest, fresh, len(table.rows), table.fingerprint
 
 
 def _runs(ranked: Iterable[Table]) -> Iterable[Record]:
