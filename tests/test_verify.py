@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from mimbench import cli, record, verify
 from mimbench.errors import ConfigError, ResultsError
 from mimbench.task import Metric

@@ -162,7 +162,7 @@ def _factor_out(lines: Sequence[Line]) -> str:
 
 
 def _weight(table: Table) -> tuple[Any, ...]:
-    """Of several ways of scoring that of most methods is shown; the best on the test split only if there is no other."""
+    """Of several ways of scoring that of most methods is shown; the best on the test split only where there is none."""
     fresh = sum(not row.stale for row in table.rows if not row.role)
     honest = not any(map(test_selected, _runs([table])))
     return honest, fresh, len(table.rows), table.fingerprint
