@@ -16,9 +16,10 @@ from mimbench.task import Metric
 
 def mimbench(line: str) -> int:
     """The exit code of a command line."""
-    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["mimbench", *shlex.split(line)])
-        cli.main()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
     return int(ended.value.code or 0)
 
 
