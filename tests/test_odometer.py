@@ -125,18 +125,19 @@ def test_a_test_selected_row_is_marked_and_ranks_apart(suite: Any, tmp_path: Pat
     more = right | (np.arange(360) % 40 == 0)
     shared = {"correct": record.pack(right), "metrics": {"top1": Metric(66.7, 61.6, 71.4, 360)}}
     ours = made("alpha", **shared)
-    settings = {"recipe": "cached", "pool": "mean", "training": {"lr": 0.1}}
-    assert ours.protocol.settings == settings
-    best = made(
-        "alpha",
-        metrics={"top1": Metric(100 * float(more.mean()), 60.0, 75.0, 360)},
-        correct=record.pack(more),
-        details={"chosen_on": "test", "test_top1": {"10": 60.0, "20": 67.2}},
-        protocol="linear",
-        recipe="official",
-        test_reads=2,
+    best, rival = (
+        made(
+            slug,
+            metrics={"top1": Metric(100 * float(more.mean()), 60.0, 75.0, 360)},
+            correct=record.pack(more),
+            details={"chosen_on": "test", "test_top1": {"10": 60.0, "20": 67.2}},
+            protocol="linear",
+            recipe="official",
+            test_reads=2,
+        )
+        for slug in ("alpha", "beta")
     )
-    site = render(tmp_path, ours, best)
+    site = render(tmp_path, ours, best, rival)
     crawl(site)
     page = (site / "protocols" / "linear.html").read_text()
     captions = [text.partition("</caption>")[0] for text in page.split("<caption id=")[1:]]
@@ -148,5 +149,8 @@ def test_a_test_selected_row_is_marked_and_ranks_apart(suite: Any, tmp_path: Pat
     assert f"+{found.difference:.2f}" in said
     assert "test-selected" in (site / "runs" / f"{best.id}.html").read_text().lower()
     assert "test-selected" not in (site / "runs" / f"{ours.id}.html").read_text().lower()
+    front = Page((site / "index.html").read_text())
+    assert any("66.7" in text for text in front.texts)
+    assert not any("67.2" in text for text in front.texts), "nor does the front page"
     badge = next((site / "badges").glob("alpha*.svg")).read_text()
     assert "66.7" in badge, "a badge never says the best on test"
