@@ -396,8 +396,14 @@ def test_a_reported_number_says_what_can_be_walked_and_what_not(
     assert walkable.walk == f"mimbench explain {run.id} knn:random_init"
     other = explained(run.id, "reported:2", [run])
     assert other.apart[0].what == "protocol"
-    with pytest.raises(ConfigError, match=r"no reported:9 among 2 .* 1 is 60 by knn on imagenet-1k"):
+    assert [item.why for item in other.apart if item.what == "recipe"] == ["settings of another protocol"]
+    with pytest.raises(ConfigError, match=r"no reported:9 among 2 .* reported:1 is 60 by knn on imagenet-1k"):
         explained(run.id, "reported:9", [run])
+    del rows[0]
+    with pytest.raises(
+        ConfigError, match=r"no number by knn among 1 .* reported:1 is 70 by linear on digits"
+    ):
+        explained(run.id, "reported", [run])
     rows.clear()
     with pytest.raises(ConfigError, match="no number of the paper of random_init is held"):
         explained(run.id, "reported", [run])

@@ -150,7 +150,6 @@ def _explanation(
     bits = {held: _bits(result) for held, result in found.results.items()}
     if apart and b.run is not None:  # other weights: the second number is the recorded one
         last = _as_recorded(b.run)
-    value = last.metrics[last.primary]
     comparable = not any(item.why in (IMAGES, METRICS) for item in apart)
     values = {held: result.metrics[metric].value for held, result in found.results.items()}
     points = shares(values, len(found.parts))
@@ -175,8 +174,8 @@ def _explanation(
         n=first.metrics[metric].n,
         metric=metric,
         unit=first.metrics[metric].unit,
-        a=_end(a.name, config.to_dict(a.settings), first.metrics[metric], first.details, a.run),
-        b=_end(b.name, config.to_dict(b.settings), value, last.details, b.run),
+        a=_end(a.name, config.to_dict(a.settings), first, a.run),
+        b=_end(b.name, config.to_dict(b.settings), last, b.run),
         gap=_gap(first, last) if comparable else _UNKNOWN,
         parts=[
             Part({name: [table[name] for table in tables] for name in names}, gained, low, high)
@@ -204,17 +203,18 @@ def _gap(a: Result, b: Result) -> Gap:
     return Gap(points, paired.low, paired.high, paired.p, paired.only_b, paired.only_a)
 
 
-def _end(
-    name: str, settings: Mapping[str, Any], value: Metric, details: Mapping[str, Any], run: Record | None
-) -> End:
+def _end(name: str, settings: Mapping[str, Any], result: Result, run: Record | None) -> End:
+    value = result.metrics[result.primary]
     return End(
         name=name,
         recipe=settings.get("recipe", ""),
         settings=dict(settings),
+        metric=result.primary,
+        unit=value.unit,
         value=value.value,
         low=value.low,
         high=value.high,
-        chosen={k: v for k, v in details.items() if k.startswith("chosen")},
+        chosen={k: v for k, v in result.details.items() if k.startswith("chosen")},
         run=run.id if run else "",
     )
 
@@ -501,6 +501,7 @@ def _beside_a_paper(question: Question, run: Record) -> Explanation:
     theirs, shown = rows[position], ranking.reported_view(rows[position])
     place = ", ".join(filter(None, (theirs["source"], theirs["locator"], theirs["confidence"])))
     value, name = run.score, f"reported:{position + 1}"
+    number = Metric(theirs["value"], unit=theirs["unit"] or "")
     return Explanation(
         command=question.command,
         protocol=run.protocol.name,
@@ -516,8 +517,8 @@ def _beside_a_paper(question: Question, run: Record) -> Explanation:
         n=value.n,
         metric=run.primary,
         unit=value.unit,
-        a=_end(f"run {run.id}", run.protocol.settings, value, {}, run),
-        b=_end(name, {}, Metric(theirs["value"]), {}, None),
+        a=_end(f"run {run.id}", run.protocol.settings, _as_recorded(run), run),
+        b=_end(name, {}, Result({theirs["metric"]: number}, theirs["metric"]), None),
         gap=_UNKNOWN if differ[position] else replace(_UNKNOWN, points=theirs["value"] - value.value),
         parts=[],
         stops=[Stop([], value.value)],
@@ -533,28 +534,35 @@ def _beside_a_paper(question: Question, run: Record) -> Explanation:
 
 
 def _differences(run: Record, setting: verdict.Setting, theirs: reported.Row) -> dict[str, tuple[str, str]]:
-    names = run.protocol.name, theirs["protocol"]
-    return ({"protocol": names} if names[0] != names[1] else {}) | verdict.differences(setting, theirs)
+    found = verdict.differences(setting, theirs)
+    if run.protocol.name == theirs["protocol"]:
+        return found
+    return {
+        "protocol": (run.protocol.name, theirs["protocol"]),
+        **found,
+        "recipe": (run.protocol.recipe, "its own"),
+    }
 
 
 def _position(
     text: str, run: Record, rows: Sequence[reported.Row], differ: Sequence[Mapping[str, Any]]
 ) -> int:
-    """Which of the ``rows`` is meant by "reported:N", or by "reported": that which is nearest to the run."""
+    """Which of the ``rows`` is meant by "reported:N", or by "reported": that of the run's protocol that is nearest."""
     if not rows:
         raise ConfigError(f"no number of the paper of {run.method.slug} is held")
+    nearest = sorted(range(len(rows)), key=lambda i: ("protocol" in differ[i], len(differ[i]), i))
     _, colon, number = text.partition(":")
-    if not colon:
-        return min(range(len(rows)), key=lambda i: ("protocol" in differ[i], len(differ[i]), i))
+    if not colon and "protocol" not in differ[nearest[0]]:
+        return nearest[0]
     if number.isdecimal() and 1 <= int(number) <= len(rows):
         return int(number) - 1
-    nearest = sorted(range(len(rows)), key=lambda i: ("protocol" in differ[i], len(differ[i]), i))[:5]
     listed = "; ".join(
-        f"{i + 1} is {rows[i]['value']:g} by {rows[i]['protocol']} on {rows[i]['dataset'] or 'unnamed data'}"
-        for i in nearest
+        f"reported:{i + 1} is {rows[i]['value']:g} by {rows[i]['protocol']} on {rows[i]['dataset'] or 'unnamed data'}"
+        for i in nearest[:5]
     )
+    wanted = text if colon else f"number by {run.protocol.name}"
     raise ConfigError(
-        f"there is no {text} among {len(rows)} numbers of {run.method.slug}", f"The nearest: {listed}"
+        f"there is no {wanted} among {len(rows)} of {run.method.slug}", f"The nearest: {listed}"
     )
 
 
@@ -570,6 +578,7 @@ def _from_paper(what: str, ours: str, theirs: str, run: Record, row: reported.Ro
         return Apart(what, ours, theirs, f"the run has {found.value:.2f} {found.unit} by that metric too", "")
     reasons = {
         "protocol": "two protocols: no path of settings leads from one to the other",
+        "recipe": "settings of another protocol",
         "metric": "the run has no value of that metric",
         "evaluation data": IMAGES,
         "unit": "two units have no difference",
@@ -584,7 +593,13 @@ def _from_paper(what: str, ours: str, theirs: str, run: Record, row: reported.Ro
 def tables(found: Explanation) -> list[tuple[str, list[str], list[list[Any]]]]:
     """Title, columns and rows of what there is to print."""
     unit = "points" if found.unit == "%" else found.unit
-    shown = [("", ["", "recipe", found.metric, "chose"], [_printed_end(end) for end in (found.a, found.b)])]
+    shown = [
+        (
+            "",
+            ["", "recipe", "metric", "value [95 % interval]", "chose"],
+            [_printed_end(end) for end in (found.a, found.b)],
+        )
+    ]
     rows = [
         [
             "\n".join(part.settings),
@@ -612,12 +627,8 @@ def tables(found: Explanation) -> list[tuple[str, list[str], list[list[Any]]]]:
 
 def _printed_end(end: End) -> list[Any]:
     interval = "" if end.low is None else f" [{end.low:.2f}, {end.high:.2f}]"
-    return [
-        end.name,
-        end.recipe,
-        f"{end.value:.2f}{interval}",
-        ", ".join(f"{k} = {v}" for k, v in end.chosen.items()),
-    ]
+    chosen = ", ".join(f"{name} = {value}" for name, value in end.chosen.items())
+    return [end.name, end.recipe, end.metric, f"{end.value:.2f}{interval} {end.unit}".rstrip(), chosen]
 
 
 def headline(found: Explanation) -> str:

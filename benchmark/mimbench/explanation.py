@@ -38,6 +38,8 @@ class End:
     name: str  # "knn:dino", "run 1a2b3c4d5e6f" or "reported:3"
     recipe: str  # empty for a reported number that names none
     settings: dict[str, Any]  # the protocol's Settings in full; empty for a reported number
+    metric: str
+    unit: str
     value: float
     low: float | None
     high: float | None
@@ -102,7 +104,7 @@ class Explanation:
     data_fingerprint: str
     note: str  # what a reader must know of the data
     n: int | None  # test items
-    metric: str
+    metric: str  # of the walk
     unit: str
     a: End
     b: End

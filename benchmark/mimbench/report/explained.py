@@ -88,7 +88,8 @@ def _end(end: End, found: Explanation, runs: set[str]) -> dict[str, Any]:
         "value": end.value,
         "low": end.low,
         "high": end.high,
-        "unit": found.unit,
+        "metric": end.metric,
+        "unit": end.unit,
         "chosen": ", ".join(
             f"{name.removeprefix('chosen_').replace('_', ' ')} {_text(value)}"
             for name, value in end.chosen.items()
