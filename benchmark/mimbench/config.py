@@ -134,6 +134,11 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     return nested
 
 
+def first_key(item: str) -> str:
+    """The outermost name that ``"recipe.epochs=10"`` changes."""
+    return item.partition("=")[0].partition(".")[0].strip()
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables merged key by key; ``over`` wins."""
     merged = dict(base)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import torch
@@ -29,6 +30,9 @@ from mimbench.optim import make_optimizer
 from mimbench.progress import Progress
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.task import Context, Result, Task
+
+T = TypeVar("T")
+Loader = Callable[[str, Progress], Dataset]
 
 # Masks come from these scenes where the data that was pretrained on has none.
 DENSE = {"digits": "digit-scenes"}
@@ -103,35 +107,54 @@ def run(request: Request, progress: Progress) -> Iterator[Outcome]:
     """Yields an outcome for every (method, seed, protocol), pretraining each (method, seed) once.
 
     Every name, setting and data set is checked before anything is trained. A run that is recorded already
-    is not repeated unless ``request.force``.
+    is not repeated unless ``request.force``. What another process is at comes last, and is then waited for.
     """
-    plan = _Plan(request)
     device = choose_device(request.device)
-    dataset = data.load(request.dataset, progress)
-    settings = [plan.method_settings(method, dataset) for method in plan.methods]
-    targets = _targets(plan, dataset, progress)
-    for method, config_ in zip(plan.methods, settings, strict=True):
-        for seed in request.seeds:
-            pretrained: Pretrained | None = None
-            for protocol in plan.protocols:
-                job = _Job(plan, method, seed, config_, protocol, dataset, targets[protocol.name])
-                if (known := job.recorded()) is not None and not request.force:
-                    yield Outcome(known, job.file, repeated=False)
-                    continue
-                if pretrained is None:
-                    pretrained = plan.pretrain(method, config_, dataset, seed, device, progress)
-                yield job.evaluate(pretrained, device, progress)
+    for unit in in_turn(units(request, progress), Unit.busy):
+        pretrained: Pretrained | None = None
+        for job in in_turn(unit.jobs, Job.busy):
+            if (known := job.recorded()) is not None and not request.force:
+                yield Outcome(known, job.file, repeated=False)
+                continue
+            if pretrained is None:
+                pretrained = unit.pretrain(device, progress)
+            yield job.evaluate(pretrained, device, progress)
 
 
 def pretrain_all(request: Request, progress: Progress) -> Iterator[Pretrained]:
-    """Pretrains every (method, seed) of a request."""
-    plan = _Plan(request)
+    """Pretrains every (method, seed) of a request, those last that another process is at."""
     device = choose_device(request.device)
-    dataset = data.load(request.dataset, progress)
+    for unit in in_turn(units(request, progress), Unit.busy):
+        yield unit.pretrain(device, progress)
+
+
+def units(request: Request, progress: Progress, load: Loader | None = None) -> list[Unit]:
+    """All (method, seed) of a request with their runs, every name, setting and data set checked.
+
+    ``load`` stands in for ``data.load``, for a caller who has the data at hand.
+    """
+    load = load or data.load
+    plan = _Plan(request)
+    dataset = load(request.dataset, progress)
     settings = [plan.method_settings(method, dataset) for method in plan.methods]
-    for method, config_ in zip(plan.methods, settings, strict=True):
-        for seed in request.seeds:
-            yield plan.pretrain(method, config_, dataset, seed, device, progress)
+    targets = _targets(plan, dataset, progress, load)
+    return [
+        Unit(
+            *(plan, method, config_, seed, dataset),
+            [Job(plan, method, seed, config_, p, dataset, targets[p.name]) for p in plan.protocols],
+        )
+        for method, config_ in zip(plan.methods, settings, strict=True)
+        for seed in request.seeds
+    ]
+
+
+def in_turn(items: Iterable[T], busy: Callable[[T], bool]) -> Iterator[T]:
+    """Each item once, those first that are not ``busy`` when their turn comes."""
+    waiting = list(items)
+    while waiting:
+        free = next((item for item in waiting if not busy(item)), waiting[0])
+        waiting.remove(free)
+        yield free
 
 
 @dataclass
@@ -210,7 +233,7 @@ def pretrain(
         whole = "" if match.whole else ", the encoder alone"
         progress.say(f"{slug} with the weights of {weights.name}{whole}")
         key = pretraining_key(slug, settings, split, seed, published.digest(weights))
-        folder = paths.cache() / "pretrain" / slug / key
+        folder = pretraining_folder(slug, key)
         return _ready(Pretrained(slug, settings, model, None, split, History(), key, folder, seed), device)  # type: ignore[arg-type]
     for need in model.needs:  # type: ignore[union-attr]
         if need not in split.offers:
@@ -222,11 +245,8 @@ def pretrain(
     if reference := getattr(settings, "teacher", ""):
         teacher = _teacher(reference, slug, dataset, seed, device, progress, preset, may_train)
         model.load_teacher(teacher.encoder)  # type: ignore[operator]
-    origin = [teacher.key] if teacher else []
-    if file := getattr(settings, "tokenizer_weights", ""):
-        origin.append(published.digest(Path(file)))
-    key = pretraining_key(slug, settings, split, seed, *origin)
-    folder = paths.cache() / "pretrain" / slug / key
+    key = pretraining_key(slug, settings, split, seed, *_origin(settings, teacher.key if teacher else None))
+    folder = pretraining_folder(slug, key)
     if not may_train and not (folder / "history.json").is_file():
         raise ConfigError(
             f"{slug}, seed {seed}, has not been pretrained on '{dataset.name}' with these settings",
@@ -240,7 +260,7 @@ def pretrain(
             f"the cache {folder} cannot be written: {fault.strerror}",
             "Set MIMBENCH_CACHE to a folder that can",
         ) from None
-    with _only_one(folder, f"{slug} on {dataset.name}, seed {seed}", progress):
+    with _only_one(folder / ".lock", f"pretraining {slug} on {dataset.name}, seed {seed}", progress):
         checkpoint.save_json(folder / "config.json", {"method": slug, "config": config.to_dict(settings)})
         history = train(
             model,
@@ -288,26 +308,13 @@ def _teacher(
     ``run:SLUG KEY=VALUE ...`` is another method of this suite, with the same preset unless ``run:SLUG:PRESET``
     names another; ``timm:NAME`` a published model; anything else the path of a checkpoint.
     """
-    first, *settings = reference.split()
+    first = reference.split()[0]
     kind, _, rest = first.partition(":")
     if kind == "run":
-        other, _, chosen = rest.partition(":")
-        if other == slug:
-            raise ConfigError(
-                f"{slug} cannot be its own teacher", "Choose another with --set teacher=run:mae"
-            )
-        table = config.merge(
-            registry.method(other).preset(chosen or preset), config.parse_overrides(settings)
-        )
-        chosen_settings = config.build(registry.load_method(other).Config, table)
+        other = _taught_by(reference, slug, dataset, preset)
         trained = pretrain(
-            other,
-            fill_in(other, chosen_settings, dataset),
-            dataset,
-            seed,
-            device,
-            progress,
-            preset=chosen or preset,
+            *(other.slug, other.settings, dataset, seed, device, progress),
+            preset=other.preset,
             may_train=may_train,
         )
         history = trained.history
@@ -317,12 +324,7 @@ def _teacher(
         module = registry.load_method("timm")
         encoder = module.Model(module.Config(name=rest)).encoder().to(device).eval()
         return _Teacher(encoder, first, f"the teacher is {reference}, trained elsewhere")
-    file = Path(reference).expanduser()
-    if not file.is_file():
-        raise ConfigError(
-            f"there is no teacher '{reference}'",
-            "Write run:SLUG for a method of this suite, timm:NAME, or the path of a checkpoint",
-        )
+    file = _teacher_file(reference)
     found, _ = published.recognise(file, tuple(registry.methods()), {})
     if not found:
         raise ConfigError(
@@ -333,6 +335,78 @@ def _teacher(
     model.load_state_dict(match.state, strict=False)
     note = f"the teacher is {file.name}, read as {match.slug}, trained elsewhere"
     return _Teacher(model.to(device).eval().encoder(), published.digest(file), note)
+
+
+def _teacher_file(reference: str) -> Path:
+    file = Path(reference).expanduser()
+    if not file.is_file():
+        raise ConfigError(
+            f"there is no teacher '{reference}'",
+            "Write run:SLUG for a method of this suite, timm:NAME, or the path of a checkpoint",
+        )
+    return file
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A pretraining that a run needs, before it is done."""
+
+    method: str  # as --method takes it
+    slug: str
+    settings: Any
+    preset: str
+    overrides: tuple[str, ...]  # key=value of the method, over the preset
+    key: str = ""  # once it is known
+
+    @property
+    def folder(self) -> Path:
+        """Where its weights are, or will be."""
+        return pretraining_folder(self.slug, self.key)
+
+    @property
+    def done(self) -> bool:
+        """Whether its weights are there."""
+        return (self.folder / "history.json").is_file()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process, which may be on another machine that shares the cache, trains it now."""
+        return held(self.folder / ".lock")
+
+
+def _taught_by(reference: str, slug: str, dataset: Dataset, preset: str) -> Wanted:
+    """The run that ``run:SLUG KEY=VALUE ...`` names as the teacher of ``slug``, with its data filled in."""
+    first, *overrides = reference.split()
+    other, _, chosen = first.removeprefix("run:").partition(":")
+    if other == slug:
+        raise ConfigError(f"{slug} cannot be its own teacher", "Choose another with --set teacher=run:mae")
+    preset = chosen or preset
+    table = config.merge(registry.method(other).preset(preset), config.parse_overrides(overrides))
+    settings = fill_in(other, config.build(registry.load_method(other).Config, table), dataset)
+    return Wanted(other, other, settings, preset, tuple(overrides))
+
+
+def lineage(wanted: Wanted, dataset: Dataset, seed: int) -> list[Wanted]:
+    """The pretrainings that one asks for, in an order in which they can be done: teachers, then itself."""
+    earlier: list[Wanted] = []
+    teacher = None
+    if reference := getattr(wanted.settings, "teacher", ""):
+        first = reference.split()[0]
+        if first.startswith("run:"):
+            taught_by = _taught_by(reference, wanted.slug, dataset, wanted.preset)
+            earlier = lineage(taught_by, dataset, seed)
+            teacher = earlier[-1].key
+        else:
+            teacher = first if first.startswith("timm:") else published.digest(_teacher_file(reference))
+    origin = _origin(wanted.settings, teacher)
+    key = pretraining_key(wanted.slug, wanted.settings, dataset.train, seed, *origin)
+    return [*earlier, dataclasses.replace(wanted, key=key)]
+
+
+def _origin(settings: Any, teacher: str | None) -> list[str]:
+    """What weights depend on besides code, config, data and seed: the key of a teacher, the tokenizer's file."""
+    file = getattr(settings, "tokenizer_weights", "")
+    return [*([teacher] if teacher else []), *([published.digest(Path(file))] if file else [])]
 
 
 def fill_in(slug: str, settings: Any, dataset: Dataset) -> Any:
@@ -352,24 +426,49 @@ def pretraining_key(slug: str, settings: Any, split: Split, seed: int, *origin: 
     of their own."""
     table = config.to_dict(settings)
     table["recipe"].pop("checkpoint_minutes")
+    return config.digest(_training_code(slug), table, split.fingerprint, seed, *origin)
+
+
+@functools.cache
+def _training_code(slug: str) -> str:
+    """A hash of the code that a method's weights depend on."""
     loop = (paths.PACKAGE / name for name in ("encoder.py", "fit.py", "optim.py"))
-    code = registry.code_hash(*loop, *registry.method_code(slug))
-    return config.digest(code, table, split.fingerprint, seed, *origin)
+    return registry.code_hash(*loop, *registry.method_code(slug))
+
+
+def pretraining_folder(slug: str, key: str) -> Path:
+    """Where the weights of a key, and what training keeps until then, are in the cache."""
+    return paths.cache() / "pretrain" / slug / key
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path, what: str, progress: Progress) -> Iterator[None]:
-    """Holds the lock under which ``folder`` is trained; says so when another process has it."""
-    lock = filelock.FileLock(folder / ".lock")
+def _only_one(file: Path, what: str, progress: Progress) -> Iterator[bool]:
+    """Holds the lock ``file``; gives whether another process had it, which is said and waited for."""
+    lock = filelock.FileLock(file)
+    waited = False
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        progress.say(f"another process is pretraining {what}: waiting for it")
+        progress.say(f"another process is {what}: waiting for it")
+        waited = True
         lock.acquire()
     try:
-        yield
+        yield waited
     finally:
         lock.release()
+
+
+def held(file: Path) -> bool:
+    """Whether another process holds the lock ``file`` now."""
+    if not file.is_file():
+        return False
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
 
 
 @dataclass(frozen=True)
@@ -491,14 +590,19 @@ def _offers(split: Split, need: str) -> bool:
     return any(kind in split.offers for kind in need.split(" or "))
 
 
-def _targets(plan: _Plan, dataset: Dataset, progress: Progress) -> dict[str, Dataset]:
+def _targets(
+    plan: _Plan,
+    dataset: Dataset,
+    progress: Progress,
+    load: Loader | None = None,
+) -> dict[str, Dataset]:
     """What each protocol is evaluated on. Raises ConfigError for data that lacks what a protocol needs."""
     loaded = {dataset.name: dataset}
     found = {}
     for protocol in plan.protocols:
         place = _evaluation_data(plan.request, protocol, dataset)
         if place not in loaded:
-            loaded[place] = data.load(place, progress)
+            loaded[place] = (load or data.load)(place, progress)
         found[protocol.name] = target = loaded[place]
         for need in protocol.module.NEEDS:
             if not _offers(target.train, need) or not _offers(target.test, need):
@@ -510,7 +614,45 @@ def _targets(plan: _Plan, dataset: Dataset, progress: Progress) -> dict[str, Dat
 
 
 @dataclass
-class _Job:
+class Unit:
+    """One (method, seed) of a request: a pretraining and the runs that need it."""
+
+    plan: _Plan
+    method: _Method
+    settings: Any
+    seed: int
+    dataset: Dataset  # pretrained on
+    jobs: list[Job]
+
+    @functools.cached_property
+    def lineage(self) -> list[Wanted]:
+        """The pretrainings that it needs, teachers first; none where published weights were given."""
+        if self.plan.request.weights:
+            return []
+        overrides = tuple(
+            item
+            for item in self.plan.request.overrides
+            if config.first_key(item) not in self.plan.protocol_overrides
+        )
+        wanted = Wanted(
+            *(self.method.text, self.method.slug, self.settings, self.plan.preset(self.dataset), overrides)
+        )
+        return lineage(wanted, self.dataset, self.seed)
+
+    def busy(self) -> bool:
+        """Whether another process is at a pretraining that this one has a use for."""
+        request = self.plan.request
+        if not request.force and self.jobs and all(job.recorded() for job in self.jobs):
+            return False
+        return any(wanted.busy for wanted in self.lineage)
+
+    def pretrain(self, device: torch.device, progress: Progress) -> Pretrained:
+        """See the function of this name."""
+        return self.plan.pretrain(self.method, self.settings, self.dataset, self.seed, device, progress)
+
+
+@dataclass
+class Job:
     """One protocol on one pretrained method."""
 
     plan: _Plan
@@ -578,7 +720,7 @@ class _Job:
         words += ["--seed", str(self.seed)]
         others = set(registry.protocols()) - {name}
         for item in request.overrides:
-            if item.partition("=")[0].partition(".")[0].strip() not in others:
+            if config.first_key(item) not in others:
                 words += ["--set", item]
         return shlex.join(words)
 
@@ -597,8 +739,26 @@ class _Job:
         )
         return earlier if same and record.stale(earlier) is None else None
 
+    @property
+    def lock(self) -> Path:
+        """Held by the process that does this run."""
+        return paths.cache() / "evaluate" / self.method.slug / f"{self.id}.lock"
+
+    def busy(self) -> bool:
+        """Whether another process is at this run."""
+        return held(self.lock)
+
     def evaluate(self, pretrained: Pretrained, device: torch.device, progress: Progress) -> Outcome:
-        """Runs the protocol and records what it found."""
+        """Runs the protocol and records what it found, unless another process just did."""
+        self.lock.parent.mkdir(parents=True, exist_ok=True)
+        what = (
+            f"evaluating {self.method.text} by {self.protocol.name} on {self.target.name}, seed {self.seed}"
+        )
+        with _only_one(self.lock, what, progress) as waited:
+            known = self.recorded() if waited and not self.plan.request.force else None
+            return Outcome(known, self.file, False) if known else self._evaluate(pretrained, device, progress)
+
+    def _evaluate(self, pretrained: Pretrained, device: torch.device, progress: Progress) -> Outcome:
         name = self.protocol.name
         # What a protocol trains goes on after an interruption, but not after a change of code or settings.
         work = config.digest(pretrained.key, self.id, record.protocol_code(name), self.protocol.settings)
