@@ -2,8 +2,8 @@
 
 A read is one set of predictions held against the test labels: one for each evaluation, and one for each candidate
 where the labels chose among several. Repetitions add up (``Record.test_reads``). Not counted are a run whose record was
-deleted, one that was interrupted before its record was written, and what leaves no record, such as ``mimbench
-score`` and ``mimbench explain``.
+deleted, one that was interrupted before its record was written, and what leaves no record of a run: ``mimbench score``,
+and ``mimbench explain``, which states its own reads.
 """
 
 from __future__ import annotations
