@@ -327,6 +327,19 @@ def test_other_weights_are_named_and_get_no_points(runs: dict[tuple[str, int], R
     assert "is left to what else differs" in explain.headline(found)
 
 
+def test_settings_of_pretraining_are_named_within_one_method(runs: dict[tuple[str, int], Record]) -> None:
+    a, b = runs["lightly", 0], runs["sklearn", 0]
+    weights = dataclasses.replace(b.pretrain, key="other")
+    changed = dataclasses.replace(b, config=b.config | {"vit": {"depth": 9}}, pretrain=weights)
+    found = explained(a.id, changed.id, [a, changed])
+    assert ("config vit.depth", "1", "9") in [(item.what, item.a, item.b) for item in found.apart]
+    other = dataclasses.replace(changed, method=dataclasses.replace(b.method, slug="mae"))
+    found = explained(a.id, other.id, [a, other])
+    assert [item.what for item in found.apart] == ["method"]
+    same = dataclasses.replace(b, pretrain=weights)
+    assert [item.what for item in explained(a.id, same.id, [a, same]).apart] == ["weights"]
+
+
 def test_equal_settings_of_other_weights_need_no_scoring(runs: dict[tuple[str, int], Record]) -> None:
     found = explained(runs["lightly", 0].id, runs["lightly", 1].id, list(runs.values()))
     assert (found.parts, found.test_reads, found.walked) == ([], 0, 0)

@@ -470,6 +470,8 @@ def _apart(a: Record, b: Record) -> list[Apart]:
     if a.pretrain.key != b.pretrain.key:
         before = len(found)
         ours, theirs = _facts(a), _facts(b)
+        if a.method.slug == b.method.slug:  # the settings of two methods are not comparable
+            ours, theirs = ({**facts, **_config(run)} for facts, run in ((ours, a), (theirs, b)))
         for name in dict.fromkeys((*ours, *theirs)):
             differ(name, ours.get(name, "unset"), theirs.get(name, "unset"), WEIGHTS)
         if len(found) == before:
@@ -488,8 +490,11 @@ def _facts(run: Record) -> dict[str, str]:
         "state of the pretraining data": run.pretrain.data_fingerprint,
         "pretraining seed": str(run.seed),
         "weights of": str(run.overrides.get("weights", "this suite")),
-        **{f"config {name}": value for name, value in flatten(run.config)},
     }
+
+
+def _config(run: Record) -> dict[str, str]:
+    return {f"config {name}": value for name, value in flatten(run.config)}
 
 
 def _beside_a_paper(question: Question, run: Record) -> Explanation:
