@@ -664,6 +664,8 @@ def test_recipes_on_one_encoder_are_drawn_with_their_spread(runs: dict[tuple[str
     assert (drawn["low"], drawn["high"]) == (paired.low, paired.high)
     assert words.number(abs(a.score.value - b.score.value), "%") in drawn["summary"]
     assert views.recipe_figures([a, runs["sklearn", 1]]) == {}
+    best_of_several = dataclasses.replace(b, details=b.details | {"chosen_on": "test"})
+    assert views.recipe_figures([a, best_of_several]) == {}
     elsewhere = dataclasses.replace(b, data=dataclasses.replace(b.data, fingerprint="e"))
     assert views.recipe_figures([a, elsewhere]) == {}
 

@@ -200,7 +200,7 @@ def _rows(rows: Sequence[Mapping[str, Any]], summary: str, unit: str) -> dict[st
 def recipe_figures(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     """By protocol: encoders that were scored by several recipes on the same test images, with the spread.
 
-    Of an encoder's seeds the first is drawn, and of a page's encoders those with the most recipes; ``left_out``
+    What is chosen on the test split is drawn, but makes no second recipe. Of an encoder's seeds the first is drawn, and of a page's encoders those with the most recipes; ``left_out``
     counts the others.
     """
     groups: dict[tuple[str, ...], dict[str, Record]] = {}
@@ -210,7 +210,12 @@ def recipe_figures(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
         key = (run.protocol.name, run.pretrain.key, run.data.fingerprint, run.primary, run.score.unit)
         groups.setdefault(key, {})[run.fingerprint] = run
     first: dict[tuple[str, ...], list[Record]] = {}
-    for runs in sorted((list(group.values()) for group in groups.values() if len(group) > 1), key=_order):
+    several = [
+        list(group.values())
+        for group in groups.values()
+        if sum(not test_selected(r) for r in group.values()) > 1
+    ]
+    for runs in sorted(several, key=_order):
         run = runs[0]
         first.setdefault((run.protocol.name, _title(run), run.data.fingerprint, run.primary), runs)
     found: dict[str, list[list[Record]]] = {}
