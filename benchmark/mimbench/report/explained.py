@@ -200,8 +200,8 @@ def _rows(rows: Sequence[Mapping[str, Any]], summary: str, unit: str) -> dict[st
 def recipe_figures(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
     """By protocol: encoders that were scored by several recipes on the same test images, with the spread.
 
-    What is chosen on the test split is drawn, but makes no second recipe. Of an encoder's seeds the first is drawn, and of a page's encoders those with the most recipes; ``left_out``
-    counts the others.
+    What is chosen on the test split is drawn, but makes no second recipe. Of an encoder's seeds the first is drawn,
+    and of a page's encoders those with the most recipes; ``left_out`` counts the others.
     """
     groups: dict[tuple[str, ...], dict[str, Record]] = {}
     for run in sorted(
