@@ -235,12 +235,7 @@ def pretrain(
         key = pretraining_key(slug, settings, split, seed, published.digest(weights))
         folder = pretraining_folder(slug, key)
         return _ready(Pretrained(slug, settings, model, None, split, History(), key, folder, seed), device)  # type: ignore[arg-type]
-    for need in model.needs:  # type: ignore[union-attr]
-        if need not in split.offers:
-            raise ConfigError(
-                f"{slug} with these settings needs {need}, which '{dataset.name}' does not have",
-                "Choose other data with --dataset" + (": digit-scenes or camvid" if need == "frames" else ""),
-            )
+    check_needs(slug, model.needs, dataset)  # type: ignore[arg-type]
     teacher = None
     if reference := getattr(settings, "teacher", ""):
         teacher = _teacher(reference, slug, dataset, seed, device, progress, preset, may_train)
@@ -275,6 +270,16 @@ def pretrain(
     if teacher is not None:
         history.warnings.append(teacher.note)
     return _ready(Pretrained(slug, settings, model, None, split, history, key, folder, seed), device)  # type: ignore[arg-type]
+
+
+def check_needs(slug: str, needs: Iterable[str], dataset: Dataset) -> None:
+    """Raises ConfigError where the data do not have what a model with these ``needs`` learns from."""
+    for need in needs:
+        if need not in dataset.train.offers:
+            raise ConfigError(
+                f"{slug} with these settings needs {need}, which '{dataset.name}' does not have",
+                "Choose other data with --dataset" + (": digit-scenes or camvid" if need == "frames" else ""),
+            )
 
 
 def _ready(pretrained: Pretrained, device: torch.device) -> Pretrained:
