@@ -7,6 +7,7 @@ so the same records give the same bytes.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,28 +20,39 @@ from mimbench.report.source import load
 __all__ = ["load", "pages", "report", "single_file", "verdicts"]
 
 LISTING = ".mimbench-pages"  # what a former call wrote
+LOCK = ".mimbench-lock"  # held by the process that writes
+PART = ".mimbench-part"  # a file before it takes its place
 
 
 def report(folder: Path, out: Path) -> Path:
     """Renders the records below ``folder`` into ``out`` and returns the path of its index.html.
 
     Files whose content would not change are left alone, and pages that a former call wrote for what is no
-    longer recorded are removed. Raises ResultsError where ``out`` cannot be written.
+    longer recorded are removed. A page is there as it was or in full, whatever interrupts; a second process that
+    renders to the same place waits. Raises ResultsError where ``out`` cannot be written.
     """
+    import filelock
+
     source = load(folder)
     listing = out / LISTING
     written = {export.DATABASE}
-    with _writing(out):
-        former = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
-        for path, content in pages(source):
-            _write(out / path, content)
-            written.add(path)
+    with _writing(out), contextlib.ExitStack() as stack:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(filelock.FileLock(out / LOCK))
+        former = set(listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else [])
+        with listing.open("a", encoding="utf-8") as known:
+            for path, content in pages(source):
+                if path not in former:  # noted first, so that a call that is killed leaves no page unknown
+                    known.write(f"{path}\n")
+                    known.flush()
+                _write(out / path, content, out / PART)
+                written.add(path)
         database.publish(
             out / export.DATABASE, source.records, source.comparisons, source.catalogue, source.papers
         )
-        for path in set(former) - written - {""}:
+        for path in former - written - {""}:
             (out / path).unlink(missing_ok=True)
-        _write(listing, "".join(f"{path}\n" for path in sorted(written)).encode())
+        _write(listing, "".join(f"{path}\n" for path in sorted(written)).encode(), out / PART)
     return out / "index.html"
 
 
@@ -51,14 +63,19 @@ def single_file(folder: Path, file: Path) -> Path:
     """
     content = dict(pages(load(folder), alone=True))["index.html"]
     with _writing(file):
-        _write(file, content)
+        _write(file, content, file.with_name(f".{file.name}.part"))
     return file
 
 
-def _write(file: Path, content: bytes) -> None:
+def _write(file: Path, content: bytes, part: Path) -> None:
+    """Writes to ``part``, which the next call overwrites if this one is killed, and moves it to ``file``."""
     if not file.is_file() or file.read_bytes() != content:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        try:
+            part.write_bytes(content)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mimbench import config, registry, reported, stats
+from mimbench import config, registry, reported
 from mimbench.record import Record, setting, test_selected
-from mimbench.report.drawings import scatter
-from mimbench.report.ranking import Row, Table, machine, reported_view, view_order
-from mimbench.report.words import count, duration, flatten, number, page_name
-
-LEAST = 3  # points that make a picture
-IMAGENET = "imagenet-1k"  # on which most papers report
+from mimbench.report.findings import Finding, findings, pictures
+from mimbench.report.ranking import Row, Table, reported_view, view_order
+from mimbench.report.words import flatten, page_name
 
 
 @dataclass
@@ -71,6 +68,7 @@ class Board:
     lines: list[Line]
     shared: str  # changes of presets that all trained lines have in common
     pictures: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
 
 def choices(boards: Sequence[Board]) -> dict[str, list[str]]:
@@ -97,7 +95,7 @@ def boards(
     numbers = {slug: [r for r in papers if r["slug"] == r["method"] == slug] for slug in registry.methods()}
     for view in sorted({table.view for table in ranked}, key=view_order):
         board = _board(view, [table for table in ranked if table.view == view], numbers, parity)
-        board.pictures = pictures(board, numbers)
+        board.pictures, board.findings = pictures(board, numbers), findings(board, numbers)
         found.append(board)
     return sorted(found, key=lambda board: -sum(not (line.stale or line.row.role) for line in board.lines))
 
@@ -216,149 +214,3 @@ def _line(
         stale="; ".join(dict.fromkeys(each.stale for each in rows if each.stale)),
         parity=parity.get(row.method),
     )
-
-
-# Pictures ---------------------------------------------------------------------------------------------
-
-
-def pictures(board: Board, numbers: Mapping[str, list[reported.Row]]) -> list[dict[str, Any]]:
-    """Score against cost, ours against reported, and robust against clean, where three methods or more have both."""
-    found = [_cost(board), *_beside_papers(board, numbers), _robust(board)]
-    return [picture for picture in found if picture]
-
-
-def _main_column(board: Board) -> int | None:
-    """The accuracy that most lines have, the linear probe before others."""
-    filled = {
-        place: sum(line.cells[place] is not None for line in board.lines)
-        for place, column in enumerate(board.columns)
-        if column.unit == "%" and not column.lower
-    }
-    return max(filled, key=lambda p: (filled[p], board.columns[p].protocol == "linear"), default=None)
-
-
-def _points(board: Board, place: int) -> list[tuple[Line, Row]]:
-    """Trained lines of today's code with their score in a column; of a method the plainest setting, never the best."""
-    found: dict[str, tuple[Line, Row]] = {}
-    plainest = sorted(board.lines, key=lambda line: (len(line.row.overrides), -line.seeds, line.key))
-    for line in plainest:
-        cell = line.cells[place]
-        if cell and not cell.row.stale and line.row.role != "floor" and not line.row.published:
-            found.setdefault(line.row.method, (line, cell.row))
-    return list(found.values())
-
-
-def _cost(board: Board) -> dict[str, Any] | None:
-    place = _main_column(board)
-    if place is None:
-        return None
-    column, points = board.columns[place], _points(board, place)
-    by_machine: dict[str, list[tuple[Line, Row]]] = {}
-    for line, row in points:
-        by_machine.setdefault(machine(row.runs[0]), []).append((line, row))
-    name, same = max(by_machine.items(), key=lambda item: (len(item[1]), item[0]), default=("", []))
-    same = [(line, row) for line, row in same if line.device_seconds]
-    if len(same) < LEAST:
-        return None
-    front, best = set(), float("-inf")
-    for line, row in sorted(same, key=lambda pair: (pair[0].device_seconds or 0, -pair[1].mean)):
-        if row.mean > best:
-            best = row.mean
-            front.add(line.key)
-    return scatter(
-        title="Score against cost",
-        note=f"{len(same)} methods pretrained on {name}; the line joins those that nothing cheaper beats",
-        x_label="device seconds of pretraining",
-        y_label=f"{column.protocol} {column.metric} on {column.data}, {column.unit}",
-        points=[
-            _point(line, row, line.device_seconds or 1.0, duration(line.device_seconds)) for line, row in same
-        ],
-        times=True,
-        front=front,
-    )
-
-
-def _point(line: Line, row: Row, x: float, x_text: str) -> dict[str, Any]:
-    label = f"{line.row.method}: {number(row.mean, row.unit)} {row.unit}, {x_text}"
-    return {
-        **{"key": line.key, "name": line.row.method, "href": line.row.href, "label": label},
-        **{"x": x, "y": row.mean, "low": row.low, "high": row.high, "role": line.row.role},
-    }
-
-
-def _beside_papers(board: Board, numbers: Mapping[str, list[reported.Row]]) -> list[dict[str, Any]]:
-    """For each protocol, ours against what the papers report on ImageNet with the backbone that most of them share."""
-    found = []
-    done = set()
-    for place, column in enumerate(board.columns):
-        if column.unit != "%" or column.protocol in done:
-            continue
-        theirs: dict[str, dict[str, reported.Row]] = {}
-        for slug, rows in numbers.items():
-            for row in sorted(filter(lambda r: _at_scale(r, column), rows), key=_trust):
-                theirs.setdefault(row["backbone"], {}).setdefault(slug, row)
-        points = [(line, row) for line, row in _points(board, place) if not line.row.role]
-        known = {
-            backbone: [(line, row, held[line.row.method]) for line, row in points if line.row.method in held]
-            for backbone, held in theirs.items()
-        }
-        backbone, pairs = max(known.items(), key=lambda item: (len(item[1]), item[0]), default=("", []))
-        if (
-            len(pairs) < LEAST
-            or len({r["value"] for *_, r in pairs}) < 2
-            or len({row.mean for _, row, _ in pairs}) < 2
-        ):
-            continue
-        done.add(column.protocol)
-        tau, low, high = stats.kendall([r["value"] for *_, r in pairs], [row.mean for _, row, _ in pairs])
-        interval = "no interval from so few" if low is None else f"95 % interval {low:.2f} to {high:.2f}"
-        found.append(
-            scatter(
-                title=f"Ours against reported, {column.protocol}",
-                note=f"Kendall’s tau {tau:.2f} over {len(pairs)} papers, {interval}. Ours on {column.data}, small;"
-                f" theirs on {IMAGENET} with {backbone}: only the order can be compared",
-                x_label=f"reported {column.metric} on {IMAGENET}, {column.unit}",
-                y_label=f"ours on {column.data}, {column.unit}",
-                points=[
-                    _point(line, row, theirs["value"], f"reported {number(theirs['value'], '%')} %")
-                    for line, row, theirs in pairs
-                ],
-            )
-        )
-    return found
-
-
-def _at_scale(row: reported.Row, column: Column) -> bool:
-    return bool(
-        row["protocol"] == column.protocol
-        and row["metric"] == column.metric
-        and row["dataset"] == row["pretrain_data"] == IMAGENET
-        and row["unit"] == "%"
-        and row["backbone"]
-    )
-
-
-def _trust(row: reported.Row) -> tuple[Any, ...]:
-    """Of several numbers of one paper: verified, at 224 pixels, after the longest pretraining."""
-    return row["confidence"] != "verified", row["image_size"] != "224", -(row["pretrain_epochs"] or 0)
-
-
-def _robust(board: Board) -> dict[str, Any] | None:
-    """Accuracy on corrupted against clean images, of the protocols that measure both."""
-    for place, column in enumerate(board.columns):
-        pairs = [
-            (line, row, statistics.mean(run.metrics["clean"].value for run in row.runs))
-            for line, row in _points(board, place)
-            if column.metric == "corrupted" and all("clean" in run.metrics for run in row.runs)
-        ]
-        if len(pairs) >= LEAST:
-            return scatter(
-                title="Corrupted against clean",
-                note=f"{count(len(pairs))} methods, {column.protocol} on {column.data}",
-                x_label="clean accuracy, %",
-                y_label="accuracy on corrupted images, %",
-                points=[
-                    _point(line, row, clean, f"clean {number(clean, '%')} %") for line, row, clean in pairs
-                ],
-            )
-    return None

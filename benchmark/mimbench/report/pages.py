@@ -91,6 +91,7 @@ def pages(source: Source, *, alone: bool = False) -> Iterator[tuple[str, bytes]]
     yield page("compare.html", "compare.html", views=comparable)
     yield from scripts.items()
     yield page("about.html", "about.html")
+    yield page("findings.html", "findings.html", boards=held)
     timed = speed_views(source.comparisons)
     bars = [
         bar | {k: view[k] for k in ("title", "anchor", "device")} for view in timed for bar in view["bars"]
