@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-LAYOUT = 5  # raised with every change of a table or a view
+LAYOUT = 6  # raised with every change of a table or a view
 NAME = "mimbench.duckdb"
 PATIENCE = 30.0  # seconds to wait for another program that holds the lock or the database
 
@@ -60,6 +60,7 @@ TABLES: dict[str, dict[str, str]] = {
         "budget": "VARCHAR",  # of pretraining, or NULL
         "compared_by": "VARCHAR",  # what ranked rows have in common: 'epochs' or a budget
         **dict.fromkeys(("pretrain_key", "setting"), "VARCHAR"),
+        "changed": "VARCHAR",  # what makes the method another than its preset's, or NULL
         **dict.fromkeys(("n_train", "n_test"), "BIGINT"),
         "data_note": "VARCHAR",
         **dict.fromkeys(("parameters", "dim", "input_size"), "BIGINT"),
@@ -147,7 +148,8 @@ WITH known AS (
     SELECT
         protocol, recipe, dataset, fingerprint, metric, any_value(unit) AS unit, method, preset, setting,
         any_value(backbone) AS backbone, any_value(pretrain_dataset) AS pretrain_dataset,
-        compared_by, any_value(budget) AS budget, avg(epochs) AS epochs, avg(images) AS images,
+        compared_by, any_value(budget) AS budget, any_value(changed) AS changed,
+        avg(epochs) AS epochs, avg(images) AS images,
         avg(pretrain_seconds) AS pretrain_seconds, bool_or(compiled) AS compiled,
         string_agg(DISTINCT precision, ' or ' ORDER BY precision) AS precision,
         any_value(input_size) AS input_size, count(*) AS seeds,
@@ -165,7 +167,7 @@ WITH known AS (
 )
 SELECT protocol, recipe, dataset, metric, compared_by, method, preset,
     mean, low, high, unit, seeds, n, backbone, pretrain_dataset, budget, epochs, images,
-    pretrain_seconds, precision, compiled, input_size, stale, fingerprint, setting
+    pretrain_seconds, precision, compiled, input_size, changed, stale, fingerprint, setting
 FROM ends AS e
 ORDER BY protocol, dataset, recipe, fingerprint, metric, compared_by <> 'epochs', compared_by,
     CASE WHEN lower_is_better THEN mean ELSE -mean END;
@@ -180,7 +182,7 @@ GROUP BY dataset, method, preset, pretrain_dataset, seed, setting
 ORDER BY reads DESC, dataset, method, preset, setting, seed;
 
 CREATE MACRO plain(name) AS CASE regexp_replace(lower(name), '[^a-z0-9]', '', 'g')
-    WHEN 'imagenet' THEN 'imagenet1k' ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
+    WHEN 'imagenet' THEN 'imagenet1k' WHEN 'resnet18cifarstem' THEN 'resnet18cifar' ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
 
 CREATE MACRO differs(ours, theirs) AS CASE WHEN plain(ours) IS NOT DISTINCT FROM plain(theirs) THEN NULL
     ELSE 'ours ' || coalesce(ours, 'unknown') || ', reported ' || coalesce(theirs, 'not said') END;
@@ -199,15 +201,15 @@ WITH pairs AS (
         CASE WHEN plain(l.recipe) <> plain(l.method) THEN 'ours ' || l.recipe END AS recipe,
         CASE WHEN l.unit IS DISTINCT FROM r.unit THEN 'ours ' || l.unit || ', reported ' ||
             coalesce(r.unit, 'not said') END AS units,
-        l.stale, r.source, r.locator, r.confidence
+        l.changed, l.stale, r.source, r.locator, r.confidence
     FROM leaderboard AS l JOIN reported AS r
         ON r.slug = l.method AND r.method = l.method AND r.protocol = l.protocol
         AND plain(r.metric) = plain(l.metric)
 )
-SELECT * EXCLUDE (units, stale, source, locator, confidence),
-    CASE WHEN coalesce(data, pretrain_data, backbone, epochs, image_size, recipe, units) IS NULL
+SELECT * EXCLUDE (units, changed, stale, source, locator, confidence),
+    CASE WHEN coalesce(data, pretrain_data, backbone, epochs, image_size, recipe, units, changed) IS NULL
         THEN ours - reported END AS gap,
-    stale, source, locator, confidence
+    changed, stale, source, locator, confidence
 FROM pairs;
 """
 
@@ -285,7 +287,8 @@ def publish(
     """Writes a database to hand on: it holds what is given, and of no file its place on this machine.
 
     DuckDB stamps each file that it makes with a random number, so equal content has other bytes: a file whose
-    content would not change is left alone. Raises OSError or ResultsError where it cannot be written.
+    content would not change is left alone. For one process at a time. Raises OSError or ResultsError where it cannot be
+    written.
     """
     import duckdb
 
@@ -297,9 +300,11 @@ def publish(
         content.update(repr(part).encode())
     if _content(file) == content.hexdigest():
         return
-    copy = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    copy = file.with_name(f".{file.name}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for orphan in (copy, Path(f"{copy}.wal")):  # of a process that was killed
+            orphan.unlink(missing_ok=True)
         # One thread keeps the order of rows. The file is a copy until it is whole, so each part may be committed.
         with duckdb.connect(config={"threads": 1, "memory_limit": "64MB"}) as connection:
             place = str(copy).replace("'", "''")
@@ -606,6 +611,7 @@ def _add_run(rows: _Rows, made: Record) -> None:
         compared_by=compared_by(made),
         pretrain_key=pretrain.key,
         setting=record.setting(made),
+        changed=", ".join(verdict.changed(made.overrides)) or None,
         n_train=data.n_train,
         n_test=data.n_test,
         data_note=data.note,
