@@ -53,7 +53,10 @@ def extract(
             "Look at the loss curve of the pretraining; a diverged run cannot be scored",
         )
     if file is not None:
-        _write(file, features)
+        try:
+            _write(file, features)
+        except (OSError, SafetensorError) as fault:  # they are at hand, and another time they are computed again
+            context.progress.say(f"features could not be kept in {file.parent}: {fault}")
     return features
 
 

@@ -10,10 +10,12 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import glob
 import json
 import math
 import os
 import secrets
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -288,6 +290,20 @@ def write(record: Record, folder: Path) -> Path:
     return file
 
 
+def reads_before(file: Path) -> int:
+    """How often test labels were read by the runs that a new record replaces; once by one that is damaged."""
+    try:
+        return read(file).test_reads if file.is_file() else 0
+    except ResultsError:
+        return 1
+
+
+def receive(record: Record, folder: Path) -> Path:
+    """Writes a record that was made elsewhere, with the reads of test labels by the one that it replaces."""
+    reads = record.test_reads + reads_before(place(record, folder))
+    return write(dataclasses.replace(record, test_reads=reads), folder)
+
+
 def content(record: Record) -> dict[str, Any]:
     """A record as plain tables and lists, without the name of the user's home folder."""
     return without_home(dataclasses.asdict(record) | {"curve": list(record.curve)})
@@ -377,8 +393,12 @@ def scan(folder: Path) -> tuple[list[Record], list[ResultsError]]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file so that, after a crash at any moment, it is there as it was before or in full."""
+    """Writes a file so that, after a crash at any moment, it is there as it was before or in full.
+
+    Also removes what a process left that was killed while it wrote the same file.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_orphans(file)
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as stream:
@@ -395,6 +415,14 @@ def write_text(file: Path, text: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _remove_orphans(file: Path) -> None:
+    """Removes unfinished copies of a file; not those of a minute or less, which another process may be writing."""
+    for orphan in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if abs(time.time() - orphan.stat().st_mtime) > 60:  # a clock that was set back makes it from the future
+                orphan.unlink()
 
 
 def _rescue(record: Record) -> str:
