@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from mimbench.visible import one_line
+
 
 class MimbenchError(Exception):
-    """A fault named in one sentence, with its remedy in another.
+    """A fault named in one sentence, with its remedy in another, on one line whatever names are in it.
 
     Everything that bad input can cause is raised as this class or a child of it; any other exception
     that reaches the command line is a bug of ours.
@@ -16,8 +18,8 @@ class MimbenchError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = problem.rstrip(".")
-        self.remedy = remedy.rstrip(".")
+        self.problem = one_line(problem.rstrip("."))
+        self.remedy = one_line(remedy.rstrip("."))
         sentences = [self.problem, *([self.remedy] if remedy else [])]
         super().__init__(" ".join(text if text.endswith("?") else f"{text}." for text in sentences))
 

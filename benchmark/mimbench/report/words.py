@@ -13,11 +13,9 @@ from typing import Any
 
 from mimbench import config
 from mimbench.record import Record
+from mimbench.visible import INVISIBLE as INVISIBLE  # pages show the codes of such characters
 
 EPOCHS = "epochs"  # the rule of training of a recipe that says how many
-# Characters that are invisible or turn the text around them; pages show their codes instead.
-_UNSEEN = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-INVISIBLE = {code: f"\\u{code:04x}" for code in _UNSEEN}
 
 
 def number(value: float | None, unit: str = "", digits: int = 1) -> str:
