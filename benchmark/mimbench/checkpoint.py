@@ -51,6 +51,11 @@ def save_json(file: Path, content: Any) -> None:
     _atomically(file, lambda temporary: _write_json(temporary, content))
 
 
+def save_bytes(file: Path, content: bytes) -> None:
+    """Writes a file atomically."""
+    _atomically(file, lambda temporary: _write_bytes(temporary, content))
+
+
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises CheckpointError when it is damaged or missing."""
     try:
@@ -197,6 +202,11 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _sync(file)
+
+
+def _write_bytes(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
     _sync(file)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mimbench.record import Record
     from mimbench.runner import Outcome
+    from mimbench.sweep.plan import Plan
     from mimbench.verdict import Verdict
 
 app = typer.Typer(
@@ -84,6 +85,7 @@ Weights = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Force = Annotated[bool, typer.Option("--force", help="Repeat what is recorded already.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
@@ -186,7 +188,10 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
         budget: Budget = None,
         weights: Weights = None,
         device: Device = "auto",
-        force: Annotated[bool, typer.Option(help="Repeat what is recorded already.")] = False,
+        force: Force = False,
+        database: Annotated[
+            bool, typer.Option(help="Bring the database up to date after each run, not when it is next read.")
+        ] = True,
         as_json: AsJson = False,
         quiet: Quiet = False,
     ) -> None:
@@ -205,6 +210,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
             device=device,
             force=force,
             may_pretrain=may_pretrain,
+            database=database,
         )
         outcomes: list[Outcome] = []
         try:
@@ -305,6 +311,75 @@ def pretrain(
             f"{trained.slug} seed {trained.seed}: {history.images} images in {_seconds(history.seconds)}{last}\n"
             f"  {trained.folder / 'model.safetensors'}"
         )
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep.toml: which runs there should be.")],
+    executor: Annotated[
+        str, typer.Option(help="local: processes of this machine; ray: a Ray cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tasks at a time on this machine; by default as many as have cores."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The Ray cluster; by default RAY_ADDRESS, the one that runs here, or a new one."),
+    ] = None,
+    budget: Budget = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
+    force: Force = False,
+    logs: Annotated[Path | None, typer.Option(help="Where tasks log; by default in the cache.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do all runs of a file, pretraining what they share once; skips what is recorded. Exit 1 when a task failed."""
+    from mimbench.errors import UnknownName
+    from mimbench.progress import Progress
+    from mimbench.sweep import file as sweeps
+    from mimbench.sweep import plan as planning
+
+    if executor not in ("local", "ray"):
+        raise UnknownName("executor", executor, ("local", "ray"))
+    if executor == "ray" and workers:
+        raise ConfigError(
+            "--workers is for the executor local", "Ray's machines say themselves how much they take"
+        )
+    progress = Progress(quiet=quiet)
+    plan = planning.plan(sweeps.read(file), progress, force=force, budget=budget)
+    if dry_run:
+        if as_json:
+            _print_json(planning.content(plan))
+        else:
+            _print_plan(plan)
+        return
+    from mimbench import sweep as sweeping
+
+    found = sweeping.run(plan, executor, workers=workers, address=address, logs=logs, quiet=quiet)
+    if as_json:
+        _print_json(found.content())
+    else:
+        typer.echo("\n".join(found.summary()))
+    if found.state.failed:
+        raise typer.Exit(1)
+
+
+def _print_plan(plan: Plan) -> None:
+    """What a sweep will do, what it leaves out, and why."""
+    from mimbench.sweep import plan as planning
+
+    titles = ["pretraining" if name == "pretrain" else name for name in planning.groups(plan)]
+    _print_table(["method", *titles], planning.overview(plan), "to do, of how many")
+    parts = [
+        f"{plan.count(kind, todo=True)} of {plan.count(kind, todo=False)} {name}"
+        for kind, name in (("pretrain", "pretrainings"), ("evaluate", "evaluations"))
+    ]
+    typer.echo(f"\nTo do: {' and '.join(parts)}; the rest is there already, or nothing needs it.")
+    if plan.left_out:
+        typer.echo("\nLeft out:")
+        for each in plan.left_out:
+            typer.echo(f"  {each.what}: {each.reason}")
 
 
 @listing.command("methods")

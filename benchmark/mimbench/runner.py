@@ -54,6 +54,7 @@ class Request:
     device: str = "auto"
     force: bool = False  # repeat what is recorded already
     may_pretrain: bool = True  # False: use what is pretrained, else fail
+    database: bool = True  # bring it up to date after each run; what reads it does so too
 
 
 @dataclass
@@ -787,18 +788,12 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)  # recorded: nothing is left to resume
         for warning in made.warnings:
             progress.say(f"warning: {warning}")
-        try:
-            database.update(paths.results())
-        except ResultsError as fault:  # the record is safe, and the next update catches up
-            progress.say(f"warning: the database was not brought up to date: {fault}")
+        if self.plan.request.database:
+            try:
+                database.update(paths.results())
+            except ResultsError as fault:  # the record is safe, and the next update catches up
+                progress.say(f"warning: the database was not brought up to date: {fault}")
         return Outcome(made, file, repeated=True)
-
-    def _reads_before(self) -> int:
-        """How often the test labels were read by the runs that this one replaces; once by one that is damaged."""
-        try:
-            return record.read(self.file).test_reads if self.file.is_file() else 0
-        except ResultsError:
-            return 1
 
     def _record(
         self, pretrained: Pretrained, encoder: Encoder, result: Result, context: Context, reads: int
@@ -857,7 +852,7 @@ class Job:
             curve=history.curve,
             metrics=result.metrics,
             primary=result.primary,
-            test_reads=self._reads_before() + reads,
+            test_reads=record.reads_before(self.file) + reads,
             details=result.details,
             correct=None if result.correct is None else record.pack(result.correct),
             warnings=[*history.warnings, *result.warnings],

@@ -1,0 +1,82 @@
+"""Many runs from one file: which there are (``file``, ``plan``), in which order and how often tried (``schedule``),
+and where: on this machine (``local``) or on a Ray cluster (``cluster``)."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mimbench.sweep.plan import Plan
+    from mimbench.sweep.schedule import State
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep that ran to its end."""
+
+    state: State
+    seconds: float
+    logs: Path
+
+    def summary(self) -> list[str]:
+        """See ``board.summary``."""
+        from mimbench.sweep import board
+
+        return board.summary(self.state, self.seconds, self.logs)
+
+    def content(self) -> dict[str, Any]:
+        """See ``board.content``."""
+        from mimbench.sweep import board
+
+        return board.content(self.state, self.seconds)
+
+
+def run(
+    plan: Plan,
+    executor: str,
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    logs: Path | None = None,
+    quiet: bool = False,
+) -> Swept:
+    """Does what a plan has left to do, by the executor "local" or "ray", and brings the database up to date.
+
+    SIGTERM, by which batch systems announce the end of a job, stops it as Ctrl-C does: with KeyboardInterrupt, after
+    all that runs has saved its state.
+    """
+    from mimbench import database, paths
+    from mimbench.errors import ResultsError
+    from mimbench.sweep import schedule
+    from mimbench.sweep.board import Board
+    from mimbench.sweep.local import Local
+
+    logs = logs or paths.cache() / "sweeps" / plan.sweep.name
+    began = time.monotonic()
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Board(plan, logs, quiet=quiet) as board:
+            machines: Any
+            if executor == "ray" and plan.todo:
+                from mimbench.sweep.cluster import Cluster
+
+                machines = Cluster(plan, logs, address)
+                for warning in machines.warnings():
+                    board.say(f"warning: {warning}")
+            else:
+                machines = Local(plan, logs, workers=workers)
+            try:
+                state = schedule.run(plan, machines, board)
+            finally:
+                machines.close()
+                try:
+                    database.update(paths.results())
+                except ResultsError as fault:  # the records are safe, and the next update catches up
+                    board.say(f"warning: the database was not brought up to date: {fault}")
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    return Swept(state, time.monotonic() - began, logs)
