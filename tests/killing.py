@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import math
 import os
@@ -96,6 +97,8 @@ class Processes:
         deadline = time.monotonic() + PATIENCE
         while (code := self.ended(process)) is None:
             if time.monotonic() > deadline:
+                os.kill(process, signal.SIGUSR1)  # it says where it is
+                time.sleep(1)
                 self.kill(process)
                 raise TimeoutError(f"a process did not end in {PATIENCE:.0f} s: {self.said()}")
             time.sleep(0.002)
@@ -441,6 +444,7 @@ def _be(line: str, folder: Path, log: Path) -> None:
             os.dup2(nothing.fileno(), 0)
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1, file=2)
         words = shlex.split(line)
         if words[0] == "record":
             _write_records(int(words[1]), folder)
