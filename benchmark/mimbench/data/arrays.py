@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,16 +36,22 @@ class _ArraysOnly(pickle.Unpickler):
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if module == "_codecs" and name == "encode":  # how Python 3 writes bytes for Python 2
-            return lambda text, encoding: text.encode(encoding)
+            return _latin1
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}")
+    return text.encode("latin1")
 
 
 def _unpickle(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             content = _ArraysOnly(stream, encoding="latin1").load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as fault:
-        raise _damaged(file, str(fault)) from None
+    except Exception as fault:  # a damaged pickle can raise anything, from KeyError to MemoryError
+        raise _damaged(file, str(fault) or type(fault).__name__) from None
     if not isinstance(content, dict):
         raise _damaged(file, "no table")
     return content
@@ -58,7 +64,10 @@ def _damaged(file: Path, why: str) -> DataError:
 def cifar(name: str, folder: Path) -> dict[str, Split]:
     """CIFAR-10 or CIFAR-100 from the official Python version, unpacked."""
     train, test, (meta, names_key), label_key = CIFAR[folder.name]
-    classes = tuple(_unpickle(folder / meta).get(names_key, ()))
+    named = _unpickle(folder / meta).get(names_key, ())
+    if not isinstance(named, list | tuple) or not all(isinstance(name, str) for name in named):
+        raise _damaged(folder / meta, f"its '{names_key}' are no names")
+    classes = tuple(named)
     parts = {"train": train, "test": test}
     values = [_cifar_labels(folder, files, label_key) for files in parts.values()]
     known, classes = labels.encode(values, classes, str(folder))
@@ -66,7 +75,7 @@ def cifar(name: str, folder: Path) -> dict[str, Split]:
     def pixels(files: list[str]) -> Iterator[np.ndarray]:
         for file in files:
             data = _unpickle(folder / file).get("data")
-            if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
+            if not _is_pixels(data):
                 raise _damaged(folder / file, "its 'data' is not (N, 3072) of bytes")
             yield data.reshape(-1, 3, 32, 32)
 
@@ -81,10 +90,21 @@ def _cifar_labels(folder: Path, files: list[str], key: str) -> list[int]:
     values: list[int] = []
     for file in files:
         table = _unpickle(folder / file)
-        if len(table.get(key, ())) != len(table.get("data", ())) or key not in table:
+        numbers, data = table.get(key), table.get("data")
+        if not _is_pixels(data):
+            raise _damaged(folder / file, "its 'data' is not (N, 3072) of bytes")
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise _damaged(folder / file, f"its '{key}' are no list of whole numbers")
+        if len(numbers) != len(data):
             raise _damaged(folder / file, f"its '{key}' do not fit its 'data'")
-        values += map(int, table[key])
+        values += numbers
     return values
+
+
+def _is_pixels(data: Any) -> TypeGuard[np.ndarray]:
+    return (
+        isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == 3072
+    )
 
 
 def stl10(name: str, folder: Path) -> dict[str, Split]:
@@ -97,6 +117,8 @@ def stl10(name: str, folder: Path) -> dict[str, Split]:
         values = [np.fromfile(folder / f"{part}_y.bin", np.uint8) for part in ("train", "test")]
     except OSError as fault:
         raise _damaged(Path(fault.filename), str(fault.strerror)) from None
+    except UnicodeDecodeError:
+        raise _damaged(folder / "class_names.txt", "it is no text") from None
     known, classes = labels.encode([(v.astype(int) - 1).tolist() for v in values], classes, str(folder))
 
     def pixels(file: Path, count: int) -> Iterator[np.ndarray]:

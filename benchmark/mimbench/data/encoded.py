@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from mimbench import config, paths
 from mimbench.errors import DataError
 
 GIB = 2**30
+MOST_BYTES = 2**28  # of an encoded image; a larger one is taken for missing
 
 
 class Encoded(Protocol):
@@ -48,8 +50,11 @@ class Files:
         return self.names[row]
 
     def read(self, row: int) -> bytes | None:
+        file = self.root / self.names[row]
         try:
-            return (self.root / self.names[row]).read_bytes()
+            state = file.stat()
+            readable = stat.S_ISREG(state.st_mode) and state.st_size <= MOST_BYTES
+            return file.read_bytes() if readable else None
         except OSError:
             return None
 
@@ -78,7 +83,7 @@ class Column:
                     if pa.types.is_struct(values.type):
                         values = values.field("bytes")
                     yield from values.to_pylist()
-            except (pa.ArrowException, OSError) as fault:
+            except (pa.ArrowException, OSError, ValueError) as fault:
                 raise unreadable(file, fault) from None
 
     def name(self, row: int) -> str:
@@ -110,6 +115,8 @@ def fingerprint(root: Path, names: Sequence[str]) -> str:
             states.append((root / name).stat())
         except OSError as fault:
             raise DataError(f"{root / name} cannot be read: {fault.strerror}") from None
+        if not stat.S_ISREG(states[-1].st_mode):  # a pipe would be waited for, and a device may have no end
+            raise DataError(f"{root / name} is no file", "Remove it")
     sizes = [state.st_size for state in states]
     if sum(sizes) > 16 * GIB:
         return config.digest(list(names), sizes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mimbench import config
+from mimbench import config, foreign
 from mimbench.data import encoded, labels, stores
 from mimbench.data.decode import EXTENSIONS
 from mimbench.data.encoded import Files
@@ -16,6 +16,7 @@ from mimbench.data.split import Split
 from mimbench.errors import DataError
 from mimbench.progress import Progress
 
+MOST_BREEDS = 1000
 TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that exists is the test part
 
 
@@ -68,12 +69,16 @@ def _scan(folder: Path) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    state = os.stat(folder)
+    here = (state.st_dev, state.st_ino)
+    if here in above:
+        raise DataError(f"{folder} is a link to a folder that it lies in", "Remove the link")
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(entry.path)
+            yield from _walk(entry.path, (*above, here))
         elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             yield entry.path
 
@@ -91,6 +96,9 @@ def pets(name: str, place: Path, progress: Progress | None) -> dict[str, Split]:
             raise DataError(f"{file} cannot be read: {fault}", f"Remove {place} and get it again") from None
         if not pairs:
             raise DataError(f"{file} lists no images")
+        foreign.below((image for image, _ in pairs), file)
+        if (most := max(number for _, number in pairs)) >= MOST_BREEDS:
+            raise DataError(f"{file} names the class {most + 1}", f"Remove {place} and get it again")
         breeds |= {number: image.rpartition("_")[0].replace("_", " ") for image, number in pairs}
         sources[part] = Files(place / "images", [f"{image}.jpg" for image, _ in pairs])
         values.append([number for _, number in pairs])

@@ -25,12 +25,12 @@ def encode(
     """
     distinct = {value for part in parts for value in part}
     if all(isinstance(value, int) for value in distinct):
-        bad = sorted(value for value in distinct if value < 0 or (names and value >= len(names)))
+        bad = {value for value in distinct if value < 0 or (names and value >= len(names))}
         if bad:
             count = sum(value in bad for part in parts for value in part)
             expected = f"0 to {len(names) - 1} are" if names else "0 and up is"
             raise DataError(
-                f"{count} label(s) of {where} are out of range, such as {bad[0]} where {expected} expected",
+                f"{count} label(s) of {where} are out of range, such as {min(bad)} where {expected} expected",
                 "Repair them, or leave the label column out to use the images without labels",
             )
         if names:

@@ -26,6 +26,8 @@ PART_NAMES = {"train": {"train"}, "val": {"val", "valid", "validation"}, "test":
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 SCENE_COLUMNS = ("mask", "sequence", "frame")
+MOST_UNPACKED = 50  # times as large as the file may be what it holds, where that is more than
+LITTLE = 2**26  # bytes
 VOID = 11  # CamVid's pixels of no class
 
 
@@ -47,8 +49,10 @@ class Table:
         values: list[Any] = []
         for file in self.files:
             try:
-                values += pq.read_table(file, columns=[column]).column(0).to_pylist()
-            except (pa.ArrowException, OSError) as fault:
+                # As a dictionary: a long text that stands in each row is held once.
+                read = pq.read_table(file, columns=[column], read_dictionary=[column])
+                values += _listed(read.column(0))
+            except (pa.ArrowException, OSError, ValueError) as fault:
                 raise unreadable(file, fault) from None
         if None in values:
             row = self.images(column).name(values.index(None))
@@ -59,9 +63,11 @@ class Table:
         """The names of integer labels that the hub's metadata give, if any."""
         try:
             info = json.loads((self.schema.metadata or {})[b"huggingface"])
-            return tuple(info["info"]["features"][column]["names"])
-        except (KeyError, TypeError, ValueError):
+            names = info["info"]["features"][column]["names"]
+        except (KeyError, TypeError, ValueError, RecursionError):
             return ()
+        listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return tuple(names) if listed else ()
 
 
 def splits(name: str, place: Path, entry: Entry | None, progress: Progress | None) -> dict[str, Split]:
@@ -79,6 +85,10 @@ def splits(name: str, place: Path, entry: Entry | None, progress: Progress | Non
             if column not in table.schema.names:
                 found = ", ".join(table.schema.names)
                 raise DataError(f"{table.files[0]} has no column '{column}'", f"Its columns are {found}")
+        for column in scenes:
+            kind = table.schema.field(column).type
+            if not (_holds_images(kind) if column == "mask" else _names_things(kind)):
+                raise DataError(f"the column '{column}' of {table.files[0]} holds {kind}")
     known: list[torch.Tensor | None] = [None] * len(tables)
     classes = entry.classes if entry else ()
     if label:
@@ -126,9 +136,21 @@ def _with_scenes(split: Split, table: Table, progress: Progress | None) -> Split
         split,
         all_masks=masks,
         sequence=torch.tensor([number[scene] for scene in scenes]),
-        frame=torch.tensor([int(re.sub(r"\D", "", str(time)) or 0) for time in times]),
+        frame=torch.tensor([int(re.sub(r"[^0-9]", "", str(time))[-18:] or 0) for time in times]),
         ignore_index=VOID,
     )
+
+
+def _listed(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values."""
+    values: list[Any] = []
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            names = chunk.dictionary.to_pylist()
+            values += [None if place is None else names[place] for place in chunk.indices.to_pylist()]
+        else:
+            values += chunk.to_pylist()
+    return values
 
 
 def _tables(place: Path, test_part: str) -> dict[str, Table]:
@@ -162,16 +184,31 @@ def _open(files: Sequence[Path], root: Path) -> Table:
     for file in files:
         try:
             footer = pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as fault:
+            schemas.append(footer.schema_arrow)
+            rows.append(footer.metadata.num_rows)
+            unpacked = _unpacked(footer.metadata)
+        except (pa.ArrowException, OSError, ValueError) as fault:
             raise unreadable(file, fault) from None
-        schemas.append(footer.schema_arrow)
-        rows.append(footer.metadata.num_rows)
+        size = file.stat().st_size
+        if not 0 <= rows[-1] <= size or unpacked > max(MOST_UNPACKED * size, LITTLE):
+            raise DataError(
+                f"{file} has {size:,} bytes, and claims to hold {rows[-1]:,} rows of {unpacked:,} bytes in all",
+                "No images can be packed like that",
+            )
         if schemas[-1].names != schemas[0].names:
             raise DataError(f"{file} and {files[0]} have different columns")
     if not sum(rows):
         raise DataError(f"{files[0]} has no rows")
     content = encoded.fingerprint(root, [file.relative_to(root).as_posix() for file in files])
     return Table(tuple(files), tuple(rows), schemas[0], content)
+
+
+def _unpacked(footer: pq.FileMetaData) -> int:
+    """Bytes of all columns once they are unpacked, as the footer states them."""
+    groups = (footer.row_group(number) for number in range(footer.num_row_groups))
+    return sum(
+        group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns)
+    )
 
 
 def _image_column(table: Table) -> str:
@@ -189,15 +226,21 @@ def _image_column(table: Table) -> str:
 def _label_column(table: Table) -> str | None:
     """The column that holds the class, if there is one: integers or strings called label or the like."""
     for name in LABEL_NAMES:
-        if name in table.schema.names:
-            kind = table.schema.field(name).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
-                return name
+        if name in table.schema.names and _names_things(table.schema.field(name).type):
+            return name
     return None
+
+
+def _names_things(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)

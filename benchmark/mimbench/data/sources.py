@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from mimbench import compat, paths
+from mimbench import compat, foreign, paths
 from mimbench.data import arrays, embedded, folders, parquet, videos
 from mimbench.data.encoded import writing
 from mimbench.data.names import ENTRIES, PLACES, catalogue
@@ -134,9 +138,41 @@ def _download(name: str) -> None:
             if _locate(name):
                 return
             try:
-                getattr(datasets, FOLDERS[name][1])(root=str(folder), download=True)
-            except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as fault:
+                with _plain_files_alone():
+                    getattr(datasets, FOLDERS[name][1])(root=str(folder), download=True)
+            except DOWNLOAD_FAULTS as fault:
                 raise _missing(name, f", and the download failed: {str(fault)[:120]}") from None
+
+
+# Of the network, the disk, or an archive that is damaged or not what it should be.
+DOWNLOAD_FAULTS = (
+    *(OSError, RuntimeError, EOFError, ValueError, KeyError, http.client.HTTPException),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, DataError),
+)
+
+
+@contextlib.contextmanager
+def _plain_files_alone() -> Iterator[None]:
+    """Inside, whoever unpacks a tar archive gets plain files and folders below its folder, or an error.
+
+    torchvision unpacks what it downloads, by a call that trusts the archive before Python 3.14. Zip archives need
+    nothing: zipfile makes no links, and drops what leads out of the folder from a name.
+    """
+
+    def checked(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        foreign.below([member.name], Path("the archive"))
+        if not (member.isreg() or member.isdir()):
+            raise tarfile.TarError(f"the archive holds '{member.name}', which is no plain file")
+        return member.replace(mode=0o755 if member.isdir() else 0o644, deep=False)
+
+    if not hasattr(tarfile, "data_filter"):
+        raise DataError("this Python cannot refuse what an archive unpacks", "Use Python 3.11.4 or newer")
+    held = vars(tarfile.TarFile).get("extraction_filter")
+    tarfile.TarFile.extraction_filter = staticmethod(checked)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = held
 
 
 def verify(place: str, progress: Progress | None = None) -> list[str]:

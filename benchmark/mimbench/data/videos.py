@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mimbench import config
+from mimbench import config, foreign
 from mimbench.data import encoded, names, stores
 from mimbench.data.encoded import Files
 from mimbench.data.names import Entry
@@ -63,9 +62,12 @@ def splits(name: str, place: Path, entry: Entry) -> dict[str, Split]:
 
 def _listed(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").split()
-    except OSError as fault:
-        raise DataError(f"{file} cannot be read: {fault.strerror}", "Unpack the data set again") from None
+        names = foreign.read_text(file).split()
+    except (OSError, ValueError) as fault:
+        why = getattr(fault, "strerror", None) or "it is no text"
+        raise DataError(f"{file} cannot be read: {why}", "Unpack the data set again") from None
+    foreign.below(names, file)
+    return names
 
 
 def _listed_by_action(folder: Path) -> tuple[list[str], list[str]]:
@@ -131,16 +133,12 @@ def _joints(file: Path) -> np.ndarray:
     try:
         points = io.loadmat(file, variable_names=["pos_img"])["pos_img"]
         x_and_y, count, _ = points.shape
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        NotImplementedError,
-        zlib.error,
-        io.matlab.MatReadError,
-    ):
+    except Exception:  # what scipy raises for a damaged file has no common parent
         raise DataError(f"{file} cannot be read", "Unpack the data set again") from None
-    if (x_and_y, count) != (2, len(names.JHMDB)) or not np.isfinite(points).all():
+    if (
+        points.dtype.kind not in "fiu"
+        or (x_and_y, count) != (2, len(names.JHMDB))
+        or not np.isfinite(points).all()
+    ):
         raise DataError(f"{file} does not hold {len(names.JHMDB)} joints as x and y")
     return points.transpose(2, 1, 0).astype(np.float64) - 1
