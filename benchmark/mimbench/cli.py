@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mimbench.errors import ConfigError, MimbenchError
+from mimbench.errors import ConfigError, MimbenchError, ResultsError, ran_out_of_memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +41,7 @@ app.add_typer(new_app, name="new")
 UNWRITABLE = (
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
@@ -117,11 +118,12 @@ def main() -> None:
         if fault.errno not in UNWRITABLE:
             raise
         code = _fail(f"{fault.filename or 'a file'} cannot be written: {fault.strerror}.", 2)
-    except RuntimeError as fault:
-        if type(fault).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name alone
+    except (RuntimeError, MemoryError) as fault:
+        if not ran_out_of_memory(fault):
             raise
         code = _fail(
-            "the device ran out of memory. Try a smaller recipe.batch_size or a larger recipe.accumulate.", 2
+            "the device ran out of memory. Try a smaller recipe.batch_size, or --set recipe.accumulate=auto.",
+            2,
         )
     sys.exit(code or 0)
 
@@ -706,8 +708,13 @@ def query(
     """Ask the results database, which is opened for reading only."""
     from mimbench import database, paths
 
-    for fault in database.update(paths.results()):
-        typer.echo(f"warning: {fault}", err=True)
+    try:
+        for fault in database.update(paths.results()):
+            typer.echo(f"warning: {fault}", err=True)
+    except ResultsError as fault:  # in a folder that is read-only, say, what is there can still be asked
+        if not (paths.results() / database.NAME).is_file():
+            raise
+        typer.echo(f"warning: the answer may be out of date: {fault}", err=True)
     columns, rows = database.query(sql, paths.results())
     if as_json:
         typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))

@@ -54,5 +54,17 @@ class ResultsError(MimbenchError):
     """Results could not be written or read."""
 
 
+class OutOfMemory(MimbenchError):
+    """A training step did not fit into memory."""
+
+
+def ran_out_of_memory(fault: BaseException) -> bool:
+    """Whether an exception says that memory is used up: Python's and NumPy's, torch's on a GPU, its allocator's."""
+    if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
+        return True  # torch's, which is not imported for its name alone
+    told = ("can't allocate memory", "not enough memory")
+    return isinstance(fault, RuntimeError) and any(words in str(fault) for words in told)
+
+
 class LabelLeak(MimbenchError):
     """A protocol asked for test labels before its choices were final. Always a bug in the protocol."""

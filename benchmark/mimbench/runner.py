@@ -257,7 +257,8 @@ def pretrain(
             "Set MIMBENCH_CACHE to a folder that can",
         ) from None
     with _only_one(folder / ".lock", f"pretraining {slug} on {dataset.name}, seed {seed}", progress):
-        checkpoint.save_json(folder / "config.json", {"method": slug, "config": config.to_dict(settings)})
+        if not (folder / "config.json").is_file():  # what is trained can be used where nothing can be written
+            checkpoint.save_json(folder / "config.json", {"method": slug, "config": config.to_dict(settings)})
         history = train(
             model,
             split,
@@ -458,6 +459,11 @@ def _only_one(file: Path, what: str, progress: Progress) -> Iterator[bool]:
         progress.say(f"another process is {what}: waiting for it")
         waited = True
         lock.acquire()
+    except OSError as fault:
+        raise MimbenchError(
+            f"the cache {file.parent} cannot be written: {fault.strerror or fault}",
+            "Set MIMBENCH_CACHE to a folder that can",
+        ) from None
     try:
         yield waited
     finally:
@@ -473,6 +479,8 @@ def held(file: Path) -> bool:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return True
+    except OSError:  # it cannot be written, so nobody has begun to
+        return False
     lock.release()
     return False
 
