@@ -162,9 +162,10 @@ class Model(nn.Module):
                 "but the views may not show the same places",
                 "Choose a ratio of 0.5 or more",
             )
-        if config.heads.norm == "batch" and config.recipe.batch_size < 2 * config.recipe.accumulate:
+        parts = 1 if config.recipe.accumulate == "auto" else config.recipe.accumulate
+        if config.heads.norm == "batch" and config.recipe.batch_size < 2 * parts:
             raise ConfigError(
-                f"recipe.batch_size = {config.recipe.batch_size} in {config.recipe.accumulate} parts leaves "
+                f"recipe.batch_size = {config.recipe.batch_size} in {parts} parts leaves "
                 "the heads' BatchNorm nothing to average over",
                 "Use larger parts or heads.norm=layer",
             )
