@@ -90,14 +90,24 @@ def boards(
     papers: Sequence[reported.Row],
     parity: Mapping[str, dict[str, Any] | None],
 ) -> list[Board]:
-    """A board for each view of ``ranked``, that with most lines of today's code first."""
+    """A board for each view of ``ranked``, that first which most images were scored for by today's code."""
     found = []
     numbers = {slug: [r for r in papers if r["slug"] == r["method"] == slug] for slug in registry.methods()}
     for view in sorted({table.view for table in ranked}, key=view_order):
         board = _board(view, [table for table in ranked if table.view == view], numbers, parity)
         board.pictures, board.findings = pictures(board, numbers), findings(board, numbers)
         found.append(board)
-    return sorted(found, key=lambda board: -sum(not (line.stale or line.row.role) for line in board.lines))
+    return sorted(found, key=_images, reverse=True)
+
+
+def _images(board: Board) -> int:
+    """Test images of the largest set that each method was scored on, over all methods."""
+    largest: dict[str, int] = {}
+    for line in board.lines:
+        sizes = [cell.row.runs[0].data.n_test for cell in line.cells if cell and not cell.row.stale]
+        if not line.row.role:
+            largest[line.row.method] = max(largest.get(line.row.method, 0), *sizes, 0)
+    return sum(largest.values())
 
 
 def _board(
