@@ -224,8 +224,6 @@ class _Training:
         self.name = name
         self.steps_per_epoch = len(split) // recipe.batch_size
         self.total = 0
-        self.optimizer = make_optimizer(model, recipe)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.forward: Callable[..., Mapping[str, Tensor]] = model
         self.average = _copy(model) if recipe.ema is not None else {}
         self.step = 0
@@ -233,9 +231,15 @@ class _Training:
         self.pending: list[dict[str, Tensor]] = []  # scalars of the latest steps, still on the device
         self.saved: Path | None = None
 
+    def _make_optimizer(self) -> None:
+        """Not at once: torch takes a second to import what an optimizer needs, and one that has finished needs none."""
+        self.optimizer = make_optimizer(self.model, self.recipe)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def run(self) -> History:
         if self.folder and (self.folder / "history.json").exists():
             return self._finished(self.folder)
+        self._make_optimizer()
         if self.folder:
             self._restore(self.folder)
         if self.device.type == "cuda":
@@ -299,6 +303,7 @@ class _Training:
             *(copy.deepcopy(self.model), self.split, recipe, self.seed, self.device, quiet(), None, self.name)
         )
         twin.history.precision, twin.history.compiled, twin.history.planned = precision, compiled, TRIAL
+        twin._make_optimizer()
         twin._follow_plan()
         taken = []
         for step in range(TRIAL):
