@@ -141,7 +141,7 @@ def _label(points: Sequence[dict[str, Any]]) -> None:
         (p["x"] - 1, p["high"], p["x"] + 1, p["low"]) for p in points if None not in (p["low"], p["high"])
     ]
     for p in sorted(points, key=lambda p: not p["front"]):
-        wide = LETTER * len(p["name"])
+        wide = LETTER * len(p["name"]) + 3
         for anchor, dx, dy in (
             ("start", 6, 3.5),
             ("end", -6, 3.5),
