@@ -164,7 +164,7 @@ def test_update_writes_what_todays_code_made_and_says_what_it_left_out(folder: P
         ({"low": "0"}, "low should be float"),
         ({"extra": 1}, "unknown keys: extra"),
         ({"low": 90.0, "high": 10.0}, "no interval"),
-        ({"low": float("nan")}, "no interval"),
+        ({"low": float("nan")}, "holds NaN"),
     ],
 )
 def test_a_damaged_baseline_is_an_error_and_never_a_pass(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -97,14 +98,16 @@ def test_what_was_found_is_kept_and_known_to_be_of_todays_code(case: Path, tmp_p
     assert found.passed
     assert found.worst < 1e-6
     parity.write_certificate(found, tmp_path)
-    (kept,) = certificate.certificates(tmp_path)
+    (kept,), faults = certificate.scan(tmp_path)
+    assert not faults
     assert kept == found
     assert kept.fresh
     assert not dataclasses.replace(kept, code="older").fresh
     assert not dataclasses.replace(kept, method="gone").fresh
-    (tmp_path / "parity" / "mae.json").write_text("{")
-    with pytest.raises(DataError, match=r"mae\.json cannot be read"):
-        certificate.certificates(tmp_path)
+    (tmp_path / "parity" / "other.json").write_text("{")
+    found, (fault,) = certificate.scan(tmp_path)
+    assert found == [kept], "one damaged file hides the others"
+    assert re.search(r"other\.json cannot be read", str(fault))
 
 
 @pytest.mark.skipif(not FOUND, reason="no golden vectors: set MIMBENCH_PARITY to a folder of cases")

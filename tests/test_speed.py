@@ -96,7 +96,7 @@ def test_a_comparison_reads_back_as_it_was_and_replaces_one_of_the_same_machine(
         ({"bars": [{"against": "nobody", "ratio": 2.0}]}, "not there"),
         ({"title": "<b>", "more": 1}, "unknown keys: more"),
         ({"created": "2026-11-21T12:00:00"}, "without its zone"),
-        ({"created": ""}, "isoformat"),
+        ({"created": ""}, "no time"),
         ({"growth": [{"size": "1x", "seconds": float("nan"), "peak_bytes": None}]}, "holds NaN"),
     ],
 )  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimbench import registry
-from mimbench.errors import DataError
+from mimbench import foreign, record, registry
+from mimbench.errors import ResultsError
 
 
 @dataclass(frozen=True)
@@ -55,15 +54,25 @@ def code_of(slug: str) -> str:
     return registry.code_hash(*registry.method_code(slug), registry.method(slug).folder / "official.py")
 
 
-def certificates(results: Path) -> list[Certificate]:
-    """The certificates that are kept, by case. Raises DataError for a damaged one."""
-    found = []
+def read(file: Path) -> Certificate:
+    """The certificate in a file. Raises ResultsError for a damaged one."""
+    try:
+        found: Certificate = record.parse(foreign.decode_json(foreign.read_text(file)), Certificate, "it")
+        if all(row.name.startswith("grad_norm") for row in found.rows):
+            raise ValueError("it compares no output")
+    except (OSError, ValueError, ResultsError) as fault:
+        why = fault.problem if isinstance(fault, ResultsError) else fault
+        remedy = "Make it again: mimbench parity --record"
+        raise ResultsError(f"{file} cannot be read: {why}", remedy) from None
+    return found
+
+
+def scan(results: Path) -> tuple[list[Certificate], list[ResultsError]]:
+    """The certificates that are kept, by case, and what is wrong with the files that are none."""
+    found, faults = [], []
     for file in sorted((results / "parity").glob("*.json")):
         try:
-            table = json.loads(file.read_text(encoding="utf-8"))
-            found.append(Certificate(**table | {"rows": [Comparison(**row) for row in table["rows"]]}))
-        except (ValueError, TypeError, KeyError, OSError) as fault:
-            raise DataError(
-                f"{file} cannot be read: {fault}", "Make it again: mimbench parity --record"
-            ) from None
-    return found
+            found.append(read(file))
+        except ResultsError as fault:
+            faults.append(fault)
+    return found, faults

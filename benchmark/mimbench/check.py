@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mimbench import config, record
+from mimbench import config, foreign, record
 from mimbench.errors import ResultsError
 from mimbench.record import Record
 
@@ -208,7 +208,7 @@ def write(found: Baseline, folder: Path) -> Path:
 def read(file: Path) -> Baseline:
     """A baseline from its file. Raises ResultsError that names the file and its fault."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = foreign.decode_json(foreign.read_text(file))
     except (OSError, ValueError) as fault:
         raise ResultsError(f"{file} cannot be read: {fault}") from None
     if isinstance(content, dict) and content.get("schema") != SCHEMA:
@@ -216,6 +216,11 @@ def read(file: Path) -> Baseline:
     found: Baseline = record.parse(content, Baseline, str(file))
     if not found.identity.seeds or not found.low <= found.high:
         raise ResultsError(f"{file} holds no seed or no interval")
+    for name in (found.identity.method, found.identity.protocol):  # they become folders
+        if not foreign.is_name(name):
+            raise ResultsError(f"{file}: '{name}' is no name of a method or protocol")
+    if len(found.origin.commands) != len(found.identity.seeds):
+        raise ResultsError(f"{file} does not hold a command for each seed")
     return found
 
 

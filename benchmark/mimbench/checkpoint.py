@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mimbench import foreign, pickles
 from mimbench.errors import CheckpointError, ResultsError
 
 STATE_DICTS = ("model", "state_dict", "teacher", "student", "ema")  # keys under which trainers keep one
+HEADER = 2**25  # bytes of the most that a safetensors file may say of its tensors
+LARGEST_EMPTY = 2**20  # numbers along a dimension, or bytes, that a shape may state beyond what a file holds
 KEPT = 2  # so that one damaged by the disk leaves another
 _FOLDER = re.compile(r"step-(\d+)")
 
@@ -59,15 +63,16 @@ def save_bytes(file: Path, content: bytes) -> None:
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises CheckpointError when it is damaged or missing."""
     try:
+        _refuse_header(file)
         return load_file(file)
-    except (SafetensorError, OSError) as fault:
+    except Exception as fault:  # what safetensors and torch raise for a damaged file has no common parent
         raise _damaged(file, fault) from None
 
 
 def load_json(file: Path) -> Any:
     """The content of a JSON file. Raises CheckpointError when it is damaged or missing."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return foreign.decode_json(foreign.read_text(file))
     except (ValueError, OSError) as fault:
         raise _damaged(file, fault) from None
 
@@ -76,11 +81,16 @@ def load_weights(file: Path) -> dict[str, Tensor]:
     """The state dict in a safetensors file, or in a file that ``torch.save`` made.
 
     The latter may hold the state dict itself or under one of the usual keys (``STATE_DICTS``). Code in it is
-    never run: a file whose content needs any is refused. Raises CheckpointError.
+    never run: a file whose content needs any is refused. So is one that asks for far more memory than it holds.
+    Raises CheckpointError.
     """
     if file.suffix == ".safetensors":
-        return load_tensors(file)
+        state = load_tensors(file)
+        _refuse_shapes(file, state)
+        return state
     try:
+        _refuse_no_file(file)
+        pickles.refuse_bomb(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' command line; plain data
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as fault:
@@ -90,17 +100,45 @@ def load_weights(file: Path) -> dict[str, Tensor]:
                 "Save its state dict alone with torch.save, or as safetensors",
             ) from None
         raise _damaged(file, "it is no PyTorch checkpoint") from None
-    except (RuntimeError, EOFError, OSError) as fault:
+    except Exception as fault:  # as above
         raise _damaged(file, str(fault).partition(". ")[0] or "it is empty") from None
     state = content
     if isinstance(content, dict):
         state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{file} holds no state dict at its top level or under {', '.join(STATE_DICTS)} (found: {keys})"
         )
+    _refuse_shapes(file, state)
     return dict(state)
+
+
+def _refuse_no_file(file: Path) -> None:
+    """Raises OSError for a folder, a device and a pipe, which would be waited for."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError("it is no file")
+
+
+def _refuse_header(file: Path) -> None:
+    """Raises ValueError where a safetensors file describes its tensors at too great a length."""
+    _refuse_no_file(file)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > HEADER:
+        raise ValueError(f"its header claims {length:,} bytes")
+
+
+def _refuse_shapes(file: Path, state: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for tensors that are larger than what the file holds of them."""
+    for name, value in state.items():
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not plain or value.is_nested:
+            raise CheckpointError(f"{file} holds '{name}' as another kind of tensor than weights have")
+        held = value.untyped_storage().nbytes()
+        if max(value.shape, default=0) > max(held, LARGEST_EMPTY) or value.nbytes > held + LARGEST_EMPTY:
+            raise CheckpointError(f"{file} holds less of '{name}' than its shape {tuple(value.shape)} says")
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
@@ -147,6 +185,8 @@ def remove_states(folder: Path) -> None:
 def read_state(place: Path) -> State:
     """The training state in one folder that ``write_state`` made. Raises CheckpointError when damaged."""
     progress = load_json(place / "trainer.json")
+    if not isinstance(progress, dict) or type(progress.get("step")) is not int:
+        raise _damaged(place / "trainer.json", "it names no step")
     return State(
         progress["step"],
         load_tensors(place / "model.safetensors"),

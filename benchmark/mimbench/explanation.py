@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mimbench import config, registry
+from mimbench import config, foreign, registry
 from mimbench.environment import Facts
 from mimbench.errors import ResultsError
 from mimbench.record import (
@@ -28,6 +28,7 @@ from mimbench.record import (
 )
 
 SCHEMA = 1
+MOST_PARTS = 64  # far more than a protocol has settings
 EXACT = 1e-6  # points by which sums may be off, as floats are added in another order
 
 
@@ -220,14 +221,10 @@ def dumps(found: Explanation) -> str:
 def loads(text: str, where: str) -> Explanation:
     """An explanation from JSON; ``where`` names its source in errors. Raises ResultsError for anything unsound:
     points that do not follow from the scores, or do not add up."""
-
-    def refuse(name: str) -> float:
-        raise ResultsError(f"{where} holds {name}, which no explanation may")
-
     try:
-        content = json.loads(text, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as fault:
-        raise ResultsError(f"{where} is not JSON: {fault}") from None
+        content = foreign.decode_json(text)
+    except ValueError as fault:
+        raise ResultsError(f"{where} is not JSON that an explanation may be: {fault}") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ResultsError(
             f"{where} is no explanation of schema {SCHEMA}", "Make it again: mimbench explain --record"
@@ -241,6 +238,8 @@ def loads(text: str, where: str) -> Explanation:
 def _unsound(found: Explanation) -> str | None:
     """What does not follow from the rest of an explanation, or None."""
     count = len(found.parts)
+    if count > MOST_PARTS:
+        return f"it has {count} parts, more than can be walked"
     stops = {frozenset(stop.parts): stop.value for stop in found.stops}
     everything = frozenset(range(count))
     if not found.stops or found.stops[0].parts or set(found.stops[-1].parts) != everything:
@@ -258,11 +257,8 @@ def _unsound(found: Explanation) -> str | None:
         return "its gap is not B - A"
     if not found.apart and not _near(found.b.value, found.stops[-1].value):
         return "its walk does not end at B, and nothing says why"
-    try:
-        zone = datetime.fromisoformat(found.created).utcoffset()
-    except ValueError:
-        zone = None
-    return None if zone is not None else f"created is '{found.created}', not a time with its zone"
+    sound = foreign.is_moment(found.created)
+    return None if sound else f"created is '{found.created}', not a time with its zone"
 
 
 def _near(a: float, b: float) -> bool:
@@ -272,7 +268,7 @@ def _near(a: float, b: float) -> bool:
 def read(file: Path) -> Explanation:
     """The explanation in a file. Raises ResultsError that names the file and what is wrong in it."""
     try:
-        return loads(file.read_text(encoding="utf-8"), str(file))
+        return loads(foreign.read_text(file), str(file))
     except (OSError, UnicodeDecodeError) as fault:
         raise ResultsError(f"{file} cannot be read: {fault}") from None
 

@@ -55,7 +55,10 @@ def extract(
     if file is not None:
         try:
             _write(file, features)
-        except (OSError, SafetensorError) as fault:  # they are at hand, and another time they are computed again
+        except (
+            OSError,
+            SafetensorError,
+        ) as fault:  # they are at hand, and another time they are computed again
             context.progress.say(f"features could not be kept in {file.parent}: {fault}")
     return features
 

@@ -7,6 +7,7 @@ import math
 import re
 import stat
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -35,7 +36,9 @@ def read_text(file: Path, most: int = JSON_MIB) -> str:
     if not stat.S_ISREG(state.st_mode):
         raise OSError(0, "it is no file", str(file))
     if state.st_size > most * MIB:
-        raise OSError(0, f"it has {state.st_size / MIB:,.0f} MiB, of which {most} are read at most", str(file))
+        raise OSError(
+            0, f"it has {state.st_size / MIB:,.0f} MiB, of which {most} are read at most", str(file)
+        )
     return file.read_text(encoding="utf-8")
 
 
@@ -84,10 +87,22 @@ def sound(value: Any) -> bool:
     return True
 
 
+def is_moment(text: str) -> bool:
+    """Whether a text is an ISO time with its zone, and within the years that every zone has."""
+    try:
+        moment = datetime.fromisoformat(text)
+        moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return False
+    return moment.utcoffset() is not None
+
+
 def below(names: Iterable[str], listing: Path) -> None:
     """Raises DataError where one of the ``names`` that ``listing`` holds does not stay within its folder."""
     for name in names:
         parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
         absolute = name.startswith(("/", "\\")) or bool(PureWindowsPath(name).drive)
         if absolute or ".." in parts or "\0" in name:
-            raise DataError(f"{listing} names '{name}', which does not lie in its folder", "Get the data again")
+            raise DataError(
+                f"{listing} names '{name}', which does not lie in its folder", "Get the data again"
+            )

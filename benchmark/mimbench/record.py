@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import config, paths, registry
+from mimbench import config, foreign, paths, registry
 from mimbench.curve import Curve
 from mimbench.environment import Facts
 from mimbench.errors import ResultsError
@@ -254,18 +254,24 @@ def unpack(text: str) -> np.ndarray:
     import numpy as np
 
     try:
-        count, bits = text.split(":")
+        number, bits = text.split(":")
+        count = int(number)
         packed = np.frombuffer(base64.b64decode(bits, validate=True), dtype=np.uint8)
-        if len(packed) != -(-int(count) // 8):
+        if count < 0 or len(packed) != -(-count // 8):
             raise ValueError(f"{len(packed)} bytes hold no {count} bits")
     except ValueError as fault:
         raise ResultsError(f"a record's list of correct test items is damaged: {fault}") from None
-    return np.unpackbits(packed, count=int(count)).astype(bool)
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 def place(record: Record, folder: Path) -> Path:
-    """Where a record lies in a results folder."""
-    return folder / "runs" / record.method.slug / record.protocol.name / f"{record.id}.json"
+    """Where a record lies in a results folder, whatever it calls its method and protocol."""
+    return folder / "runs" / _folder(record.method.slug) / _folder(record.protocol.name) / f"{record.id}.json"
+
+
+def _folder(name: str) -> str:
+    """A name as that of a folder; another one for what ``loads`` would refuse as a name."""
+    return name if foreign.is_name(name) else f"_{config.digest(name)}"
 
 
 def write(record: Record, folder: Path) -> Path:
@@ -321,14 +327,10 @@ def dumps(record: Record) -> str:
 
 def loads(text: str, where: str) -> Record:
     """A record from JSON, whatever its schema; ``where`` names its source in errors."""
-
-    def refuse(name: str) -> float:
-        raise ResultsError(f"{where} holds {name}, which no record may")
-
     try:
-        content = json.loads(text, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as fault:
-        raise ResultsError(f"{where} is not JSON: {fault}") from None
+        content = foreign.decode_json(text)
+    except ValueError as fault:
+        raise ResultsError(f"{where} is not JSON that a record may be: {fault}") from None
     if not isinstance(content, dict) or type(content.get("schema")) is not int:
         raise ResultsError(f"{where} is not a record: it has no schema number")
     if content["schema"] > SCHEMA:
@@ -339,16 +341,22 @@ def loads(text: str, where: str) -> Record:
     while content["schema"] < SCHEMA:
         if content["schema"] not in MIGRATIONS:
             raise ResultsError(f"{where} has schema {content['schema']}, which never existed")
-        content = MIGRATIONS[content["schema"]](content)
+        try:
+            content = MIGRATIONS[content["schema"]](content)
+        except (KeyError, TypeError, AttributeError):
+            raise ResultsError(
+                f"{where} is not a record of the schema {content['schema']} that it names"
+            ) from None
     record: Record = parse(content, Record, where)
     object.__setattr__(record, "curve", Curve(record.curve))
     if record.primary not in record.metrics:
         raise ResultsError(f"{where}: the primary metric '{record.primary}' is not among the metrics")
-    try:
-        zone = datetime.fromisoformat(record.created).utcoffset()
-    except ValueError:
-        zone = None
-    if zone is None:
+    for kind, name in (("method", record.method.slug), ("protocol", record.protocol.name)):
+        if not foreign.is_name(name):
+            raise ResultsError(
+                f"{where}: '{name}' is no name of a {kind}", "Lower-case letters, digits and _ make one"
+            )
+    if not foreign.is_moment(record.created):
         raise ResultsError(f"{where}: created is '{record.created}', not a time with its zone")
     for name in ("id", "fingerprint"):
         if content[name] != getattr(record, name):
@@ -359,7 +367,7 @@ def loads(text: str, where: str) -> Record:
 def read(file: Path) -> Record:
     """The record in a file. Raises ResultsError that names the file and what is wrong in it."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = foreign.read_text(file)
     except OSError as fault:
         raise ResultsError(f"{file} cannot be read: {fault.strerror or fault}") from None
     except UnicodeDecodeError:
@@ -421,7 +429,9 @@ def _remove_orphans(file: Path) -> None:
     """Removes unfinished copies of a file; not those of a minute or less, which another process may be writing."""
     for orphan in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
         with contextlib.suppress(OSError):
-            if abs(time.time() - orphan.stat().st_mtime) > 60:  # a clock that was set back makes it from the future
+            if (
+                abs(time.time() - orphan.stat().st_mtime) > 60
+            ):  # a clock that was set back makes it from the future
                 orphan.unlink()
 
 
@@ -463,6 +473,8 @@ def _refuse_non_finite(value: Any, where: str) -> None:
 def parse(value: Any, kind: Any, where: str) -> Any:
     """``value``, as JSON gave it, as the type ``kind``. Raises ResultsError for anything else."""
     if kind is Any:
+        if not foreign.sound(value):
+            raise ResultsError(f"{where} is nested too deep")
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):

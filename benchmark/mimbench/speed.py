@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mimbench import config, paths
+from mimbench import config, foreign, paths
 from mimbench.environment import Facts, environment
 from mimbench.errors import MimbenchError, ResultsError
 from mimbench.record import parse
@@ -237,7 +237,7 @@ def write(comparison: Comparison) -> Path:
 def read(file: Path) -> Comparison:
     """A comparison from its file. Raises ResultsError that names the file and what is wrong in it."""
     try:
-        return loads(file.read_text(encoding="utf-8"))
+        return loads(foreign.read_text(file))
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ResultsError) as fault:
         why = fault.problem if isinstance(fault, ResultsError) else f"{type(fault).__name__}: {fault}"
         raise ResultsError(
@@ -253,16 +253,13 @@ def dumps(comparison: Comparison) -> str:
 def loads(text: str) -> Comparison:
     """A comparison from JSON. Raises ResultsError, ValueError, KeyError or TypeError for anything else."""
 
-    def refuse(name: str) -> float:
-        raise ValueError(f"it holds {name}")
-
-    table: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    table: dict[str, Any] = foreign.decode_json(text)
     if table["schema"] != SCHEMA:
         raise ValueError(f"its schema is {table['schema']}, not {SCHEMA}")
     limit = parse(table["limit"], Limit, "limit") if table["limit"] else None
     found = dataclasses.replace(parse(table | {"limit": None}, Comparison, "it"), limit=limit)
-    if datetime.fromisoformat(found.created).utcoffset() is None:
-        raise ValueError(f"created is '{found.created}', a time without its zone")
+    if not foreign.is_moment(found.created):
+        raise ValueError(f"created is '{found.created}', no time or one without its zone")
     names = [timing.name for timing in found.timings]
     if found.ours not in names or len(set(names)) < len(names):
         raise ValueError("its timings lack ours, or name one contender twice")

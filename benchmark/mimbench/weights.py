@@ -216,23 +216,33 @@ def _sized(slug: str, state: dict[str, Tensor], settings: Any) -> Any:
     patch = next((name for name in ours if name.endswith("patch_embed.proj.weight")), "")
     root = patch.removesuffix("patch_embed.proj.weight")
     hidden = ours.get(f"{root}blocks.0.mlp.fc1.weight")
-    if not patch or ours[patch].ndim != 4 or hidden is None:
+    if not patch or ours[patch].ndim != 4 or not ours[patch].numel() or hidden is None or hidden.ndim != 2:
         return settings
     width, _, size, _ = ours[patch].shape
+    depth, ratio = _count(ours, f"{root}blocks."), len(hidden) / width
+    if not _holds(state, width, depth, ratio):
+        return settings
     heads = max(1, width // HEAD_WIDTH)
-    shape = ViTShape(size, width, _count(ours, f"{root}blocks."), heads, len(hidden) / width)
-    changes: dict[str, Any] = {"backbone": shape}
+    changes: dict[str, Any] = {"backbone": ViTShape(size, width, depth, heads, ratio)}
     positions = ours.get(f"{root}pos_embed")
-    if positions is not None:
+    if positions is not None and positions.ndim > 1 and positions.shape[-1] == width and positions.shape[-2]:
         changes["image_size"] = int((positions.shape[-2] - 1) ** 0.5) * size
     embed, decoder = ours.get("decoder.embed.weight"), getattr(settings, "decoder", None)
-    if embed is not None and isinstance(decoder, DecoderShape):
+    if embed is not None and embed.ndim == 2 and embed.numel() and isinstance(decoder, DecoderShape):
         hidden = ours.get("decoder.blocks.0.mlp.fc1.weight")
-        ratio = decoder.mlp_ratio if hidden is None else len(hidden) / len(embed)
+        ratio = decoder.mlp_ratio if hidden is None or hidden.ndim != 2 else len(hidden) / len(embed)
         depth = _count(ours, "decoder.blocks.")
         heads = max(1, len(embed) // DECODER_HEAD_WIDTH)
-        changes["decoder"] = DecoderShape(len(embed), depth, heads, ratio)
+        if _holds(state, len(embed), depth, ratio):
+            changes["decoder"] = DecoderShape(len(embed), depth, heads, ratio)
     return dataclasses.replace(settings, **changes)
+
+
+def _holds(state: dict[str, Tensor], width: int, depth: int, mlp_ratio: float) -> bool:
+    """Whether a file is large enough for a transformer: a width read off one small tensor could be any."""
+    return (4 + 2 * mlp_ratio) * width**2 * depth <= 2 * sum(
+        tensor.numel() for tensor in state.values()
+    ) + 2**20
 
 
 def _sketch(slug: str, settings: Any) -> nn.Module:
@@ -248,6 +258,6 @@ def _sketch(slug: str, settings: Any) -> nn.Module:
 
 
 def _count(state: dict[str, Tensor], root: str) -> int:
-    """How many numbered modules follow ``root``."""
-    numbers = (re.match(rf"{re.escape(root)}(\d+)\.", name) for name in state)
-    return max((int(number[1]) + 1 for number in numbers if number), default=0)
+    """How many numbered modules follow ``root``: no more than there are tensors, whatever a name says."""
+    numbers = (re.match(rf"{re.escape(root)}(\d{{1,9}})\.", name) for name in state)
+    return min(len(state), max((int(number[1]) + 1 for number in numbers if number), default=0))

@@ -32,12 +32,8 @@ def load(folder: Path) -> Source:
     records, damaged = scan(folder)
     comparisons, unread = speed.scan(folder)
     explained, unsound = explanation.scan(folder)
-    faults: list[MimbenchError] = [*damaged, *unread, *unsound]
-    certificates: list[Certificate] = []
-    try:
-        certificates = certificate.certificates(folder)
-    except DataError as fault:
-        faults.append(fault)
+    certificates, illegible = certificate.scan(folder)
+    faults: list[MimbenchError] = [*damaged, *unread, *unsound, *illegible]
     rows: list[reported.Row] = []
     for slug in reported.slugs():
         try:
