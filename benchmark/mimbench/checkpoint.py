@@ -105,8 +105,8 @@ def load_weights(file: Path) -> dict[str, Tensor]:
     state = content
     if isinstance(content, dict):
         state = next((content[key] for key in STATE_DICTS if isinstance(content.get(key), dict)), content)
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+    is_named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not is_named or not all(isinstance(value, Tensor) for value in state.values()):
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"{file} holds no state dict at its top level or under {', '.join(STATE_DICTS)} (found: {keys})"

@@ -32,6 +32,7 @@ BANK = 65_536  # columns of a tile: with 256 rows 64 MB, the only array whose si
 SPARE = 16  # candidates beyond k that make the proof succeed for nearly every query
 SHIFT = 0.07  # of distances in the shifted weighting
 VOTES = 4_096  # queries whose class scores are held at once
+MOST_SCORES = 2**24  # of all classes for all queries of one chunk
 _UNIT = 2.0**-24  # rounding of one float32 operation
 ROUGH = ("cuda",)  # devices on which products are tried in TF32 first
 _TF32 = 2.0**-8.9  # of a product of two lengths, when their vectors are cut to the 11 bits of TF32
@@ -101,7 +102,8 @@ def vote(
     if not ks or min(ks) < 1 or max(ks) > distances.shape[1]:
         raise DataError(f"cannot vote with k in {list(ks)} among {distances.shape[1]} neighbours")
     predictions = {k: torch.empty(len(distances), dtype=torch.long, device=distances.device) for k in ks}
-    for rows in torch.arange(len(distances), device=distances.device).split(VOTES):
+    at_once = max(1, min(VOTES, MOST_SCORES // max(1, num_classes)))
+    for rows in torch.arange(len(distances), device=distances.device).split(at_once):
         weights = weigh(distances[rows].double(), weighting, temperature)
         classes = labels[neighbours[rows]]
         scores = weights.new_zeros(len(rows), num_classes)

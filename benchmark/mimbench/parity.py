@@ -7,9 +7,6 @@ the official repository, the configuration, and how far float32 itself strays fr
 from __future__ import annotations
 
 import dataclasses
-import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mimbench import registry
+from mimbench import foreign, npz, registry
 from mimbench.certificate import Certificate, Comparison, code_of
 from mimbench.checkpoint import load_strictly, save_json
 from mimbench.errors import CheckpointError, DataError
@@ -51,11 +48,7 @@ def write_certificate(certificate: Certificate, results: Path) -> Path:
 def read_case(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The description and the arrays of a case. Raises DataError for files that are missing or damaged."""
     info = _description(file)
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as fault:
-        raise DataError(f"{file} cannot be read: {fault}") from None
+    arrays = npz.read(file)
     expected = [name for name in info["arrays"] if "*" not in name] + ["grad_norm"]
     if missing := [name for name in expected if name not in arrays]:
         raise DataError(f"{file} lacks {', '.join(missing)}")
@@ -87,12 +80,14 @@ def _description(file: Path) -> dict[str, Any]:
         if not needed.is_file():
             raise DataError(f"there is no {needed}", "A case is NAME.npz with NAME.json beside it")
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = foreign.decode_json(foreign.read_text(place))
     except (ValueError, OSError) as fault:
         raise DataError(f"{place} cannot be read: {fault}") from None
-    if missing := [key for key in ("slug", "config", "arrays") if key not in content]:
+    kinds = {"slug": str, "config": dict, "arrays": dict}
+    given = content if isinstance(content, dict) else {}
+    if missing := [key for key, kind in kinds.items() if not isinstance(given.get(key), kind)]:
         raise DataError(f"{place} lacks {', '.join(missing)}")
-    return content
+    return given
 
 
 def compare(slug: str, file: Path) -> list[Comparison]:
