@@ -129,8 +129,14 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error{_speaker()}: {message}", err=True)
     return code
+
+
+def _speaker() -> str:
+    """Which of the processes of torchrun says something, if there are several."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    return f" in process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}" if several else ""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -197,7 +203,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
         as_json: AsJson = False,
         quiet: Quiet = False,
     ) -> None:
-        from mimbench import runner
+        from mimbench import distributed, runner
         from mimbench.progress import Progress
 
         request = runner.Request(
@@ -218,7 +224,7 @@ def _runs(may_pretrain: bool) -> Callable[..., None]:
         try:
             outcomes.extend(runner.run(request, Progress(quiet=quiet)))
         finally:  # what was finished before a fault or Ctrl-C is shown too
-            if as_json:
+            if as_json and not distributed.launched_as():
                 from mimbench.record import content
 
                 _print_json([content(outcome.record) for outcome in outcomes])

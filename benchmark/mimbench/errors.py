@@ -50,6 +50,10 @@ class NonFiniteLoss(MimbenchError):
     """Training met a NaN or an infinity; the last good checkpoint is kept."""
 
 
+class ProcessLost(MimbenchError):
+    """One of several processes that train together has ended, or cannot be reached."""
+
+
 class ResultsError(MimbenchError):
     """Results could not be written or read."""
 

@@ -21,9 +21,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mimbench import checkpoint, config, machine, seeds
+from mimbench import checkpoint, config, distributed, machine, seeds
 from mimbench.data import Batch, InMemory, Split
-from mimbench.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from mimbench.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MimbenchError,
+    NonFiniteLoss,
+    OutOfMemory,
+    ran_out_of_memory,
+)
 from mimbench.optim import learning_rate, make_optimizer, scaled, set_learning_rates
 from mimbench.progress import Progress, quiet
 
@@ -64,7 +72,9 @@ class Recipe:
     milestones: tuple[float, ...] = ()  # multistep: epochs at which the lr is multiplied by gamma
     gamma: float = 0.1  # multistep
     clip_norm: float | None = None  # largest global gradient norm
-    accumulate: int = 1  # parts that a batch is split into, to save memory
+    accumulate: int | Literal["auto"] = (
+        1  # parts that a batch is split into, to save memory; auto: as few as fit
+    )
     ema: float | None = None  # decay of an average of the weights, which then replaces them at the end
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # bf16 is autocast; auto: the faster in a trial
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: where a trial says that it pays
@@ -74,7 +84,10 @@ class Recipe:
         config.check(
             self,
             "recipe",
-            positive=("batch_size", "accumulate", "clip_norm", "layer_decay", "stages"),
+            positive=(
+                *("batch_size", "clip_norm", "layer_decay", "stages"),
+                *(() if self.accumulate == "auto" else ("accumulate",)),
+            ),
             not_negative=(
                 *("epochs", "base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "momentum"),
                 *("lr_batch", "milestones", "gamma", "checkpoint_minutes"),
@@ -123,7 +136,11 @@ class Trainable(Protocol):
         ...
 
     def __call__(self, **views: Tensor) -> Mapping[str, Tensor]:
-        """At least ``loss``, a mean over images; other scalars are logged."""
+        """At least ``loss``, a mean over images; other scalars are logged.
+
+        Where several processes train, each calls it with its own images of a batch. BatchNorm and ``vq.Quantiser``
+        see those of all; what else is computed over images goes through ``mimbench.distributed``.
+        """
         ...
 
 
@@ -137,9 +154,11 @@ class History:
     steps: int = 0
     images: int = 0  # images seen
     seconds: float = 0.0  # wall time of training, over all resumed parts
+    device_seconds: float = 0.0  # the same times the number of processes
     resumed: int = 0  # how many times training went on from a checkpoint
     precision: str = ""  # what it ran in, fp32 or bf16
     compiled: bool = False
+    parts: int = 0  # that "auto" split a batch into; 0 where it did not
     planned: int = 0  # steps that the recipe or its budget came to; 0 until that is settled
     peak_memory: int = 0  # bytes on the GPU, or of the process
     warnings: list[str] = field(default_factory=list)
@@ -151,6 +170,7 @@ class History:
             self,
             images=earlier.images + self.images,
             seconds=earlier.seconds + self.seconds,
+            device_seconds=earlier.device_seconds + self.device_seconds,
             resumed=earlier.resumed + self.resumed,
             peak_memory=max(earlier.peak_memory, self.peak_memory),
             warnings=[*earlier.warnings, note, *self.warnings],
@@ -177,6 +197,9 @@ def fit(
 
     The last images of an epoch that do not fill a batch are left out; images are in another order in each
     epoch. A batch larger than the split is cut to it, and the learning rate with it.
+
+    Within ``mimbench.distributed.together`` all processes make this call with the same arguments and share every
+    batch; the first of them alone reads and writes the folder. Their number may change when training goes on.
 
     Raises NonFiniteLoss at the first loss or weight that is not a number, CheckpointError when the folder
     holds another run or a damaged one, ResultsError when it cannot be written.
@@ -223,6 +246,15 @@ class _Training:
         self.folder = folder
         self.name = name
         self.steps_per_epoch = len(split) // recipe.batch_size
+        # This process's rows of each part of a batch; all of them where there is one process.
+        if recipe.accumulate == "auto" and distributed.size() > 1:
+            raise ConfigError(
+                "recipe.accumulate = 'auto' is for one process", "Set a number, such as recipe.accumulate=2"
+            )
+        parts = 1 if recipe.accumulate == "auto" else recipe.accumulate
+        self.shares = distributed.own_rows(recipe.batch_size, parts)
+        self.rows = torch.tensor([row for rows in self.shares for row in rows])
+        self.apart = False  # whether only these rows are read and augmented, not the whole batch
         self.total = 0
         self.forward: Callable[..., Mapping[str, Tensor]] = model
         self.average = _copy(model) if recipe.ema is not None else {}
@@ -237,29 +269,31 @@ class _Training:
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def run(self) -> History:
-        if self.folder and (self.folder / "history.json").exists():
+        if distributed.share(self.folder is not None and (self.folder / "history.json").exists()):
+            assert self.folder is not None
             return self._finished(self.folder)
         self._make_optimizer()
-        if self.folder:
-            self._restore(self.folder)
+        self._begin()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.model.train()
-        with _forked_rng(self.device), _deferred_interrupt() as interrupted:
+        with _forked_rng(self.device), _deferred_interrupt() as interrupted, _over_all_processes(self.model):
+            self._try_apart()
             if not self.history.planned:
                 self._plan()
             self._follow_plan()
-            self.before = self.history.seconds
+            self.before, self.before_devices = self.history.seconds, self.history.device_seconds
             self.began = self.last_save = time.perf_counter()
             steps = self.progress.track(self._batches(), self.name, total=self.total, start=self.step)
             with contextlib.closing(steps):
                 for batch in steps:
                     self._train(batch)
-                    if interrupted():
+                    due = time.perf_counter() - self.last_save >= self.recipe.checkpoint_minutes * 60
+                    stop, due = distributed.any_of([interrupted(), due and distributed.first()])
+                    if stop or due:
                         self._save()
+                    if stop:
                         raise KeyboardInterrupt
-                    if time.perf_counter() - self.last_save >= self.recipe.checkpoint_minutes * 60:
-                        self._save()
         self._finish()
         return self.history
 
@@ -303,13 +337,14 @@ class _Training:
             *(copy.deepcopy(self.model), self.split, recipe, self.seed, self.device, quiet(), None, self.name)
         )
         twin.history.precision, twin.history.compiled, twin.history.planned = precision, compiled, TRIAL
+        twin.apart = self.apart
         twin._make_optimizer()
         twin._follow_plan()
         taken = []
         for step in range(TRIAL):
             batch = twin._read(step)
             taken.append(machine.seconds(functools.partial(twin._optimise, batch), self.device))
-        return min(taken[1:])
+        return distributed.share(min(taken[1:]))  # all processes must draw the same conclusion
 
     def _follow_plan(self) -> None:
         """Adopts what was settled. A budget shortens or stretches the schedule, warm-up and milestones with it."""
@@ -337,7 +372,11 @@ class _Training:
             ahead = reader.submit(self._read, first) if first < last else None
             for step in range(first, last):
                 assert ahead is not None
-                batch = ahead.result()
+                try:
+                    batch = ahead.result()
+                except Exception:  # the data have gone; what was learned from them is kept
+                    self._keep()
+                    raise
                 ahead = reader.submit(self._read, step + 1) if step + 1 < last else None
                 yield batch
 
@@ -345,15 +384,55 @@ class _Training:
         epoch, place = divmod(step, self.steps_per_epoch)
         size = self.recipe.batch_size
         positions = _permutation(len(self.split), self.seed, epoch)[place * size : (place + 1) * size]
-        batch = self.split.batch(
-            positions,
-            self.device,
-            self.model.needs,  # type: ignore[arg-type]
-            getattr(self.model, "frame_gap", (1, 1)),
-            seeds.generator("cpu", self.seed, "frames", step),
-        )
-        batch.progress = step / self.total
+        with self._for_own_rows():
+            batch = self.split.batch(
+                positions[self.rows] if self.apart else positions,
+                self.device,
+                self.model.needs,  # type: ignore[arg-type]
+                getattr(self.model, "frame_gap", (1, 1)),
+                seeds.generator("cpu", self.seed, "frames", step),
+            )
+        batch.progress = step / self.total if self.total else 0.0
         return batch
+
+    def _for_own_rows(self) -> contextlib.AbstractContextManager[object]:
+        """Where this process's rows are alone, they get the random numbers that they have in the whole batch."""
+        if not self.apart:
+            return contextlib.nullcontext()
+        return distributed.DrawnForAll(self.rows, self.recipe.batch_size)
+
+    def _views(self, batch: Batch) -> dict[str, Tensor]:
+        """The views of this process's rows."""
+        count = len(batch)
+        generator = seeds.generator(self.device, self.seed, "views", self.step)
+        with torch.no_grad(), self._for_own_rows():
+            views: dict[str, Tensor] = self.model.views(batch, generator)  # type: ignore[operator]
+        if len(self.rows) == count and len(self.shares) == 1:
+            return views
+        for key, value in views.items():
+            if value.ndim and len(value) != count:
+                parts = len(self.shares) > 1
+                raise ConfigError(
+                    f"{'recipe.accumulate' if parts else 'training by several processes'} needs one entry per "
+                    f"image in every view, but '{key}' has {len(value)} for {count} images",
+                    "Set recipe.accumulate to 1" if parts else "Train in one process",
+                )
+        if len(self.rows) == count:
+            return views
+        return {key: v[self.rows.to(v.device)] if v.ndim else v for key, v in views.items()}
+
+    def _try_apart(self) -> None:
+        """Settles whether each process may read and augment its own rows of a batch alone, which saves time.
+
+        It may where this gives the same views as the whole batch does: not where images see each other, or where
+        random numbers are drawn until something holds for all of them. Tried at the first step.
+        """
+        if distributed.size() == 1 or not self.recipe.epochs:
+            return
+        found = []
+        for self.apart in (True, False):
+            found.append(self._views(self._read(self.step)))
+        self.apart = not distributed.any_of([not _same(*found)])[0]
 
     def _train(self, batch: Batch) -> None:
         """One optimizer step, logged."""
@@ -367,18 +446,14 @@ class _Training:
             if before_step := getattr(model, "before_step", None):
                 seeds.seed_everything(self.seed, "stage", self.step)
                 before_step(batch.progress)
-            generator = seeds.generator(self.device, self.seed, "views", self.step)
-            views = model.views(batch, generator)  # type: ignore[operator]
-        seeds.seed_everything(self.seed, "model", self.step)
-        scalars: dict[str, Tensor] = {}
-        for part, share in _parts(views, len(batch), recipe.accumulate):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                outputs = self.forward(**part)
-            (outputs["loss"] * share).backward()
-            for key, value in outputs.items():
-                if value.ndim == 0 and value.is_floating_point():
-                    value = value.detach().to(self.device, torch.float32) * share
-                    scalars[key] = scalars[key] + value if key in scalars else value
+        views = self._views(batch)
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        while (scalars := self._gradients(views)) is None:  # memory did not suffice
+            self._forget_gradients()
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            self._split_more(views)
+        distributed.add_gradients(self.trained)
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, recipe.clip_norm)
         lr = learning_rate(self.step, self.steps_per_epoch, recipe)
@@ -392,6 +467,80 @@ class _Training:
                 _move(self.average, model, recipe.ema)
         self.step += 1
         return scalars, lr
+
+    def _gradients(self, views: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Adds up the gradients of all parts of a batch. Returns what is logged, or None where memory ran out."""
+        other = [distributed.rank()] if distributed.rank() else []  # so that no two processes drop the same
+        seeds.seed_everything(self.seed, "model", self.step, *other)
+        scalars: dict[str, Tensor] = {}
+        try:
+            for part, share in _parts(views, [len(rows) for rows in self.shares], self.recipe.batch_size):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"
+                ):
+                    outputs = self.forward(**part)
+                (outputs["loss"] * share).backward()
+                for key, value in outputs.items():
+                    if value.ndim == 0 and value.is_floating_point():
+                        value = value.detach().to(self.device, torch.float32) * share
+                        scalars[key] = scalars[key] + value if key in scalars else value
+        except (RuntimeError, MemoryError) as fault:
+            if not ran_out_of_memory(fault):
+                raise
+            return None
+        return scalars
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _split_more(self, views: dict[str, Tensor]) -> None:
+        """Splits batches into twice as many parts, if that was asked for; else raises OutOfMemory.
+
+        The message then says what fits, by trial.
+        """
+        asked, size = len(self.shares), self.recipe.batch_size
+        problem = (
+            f"memory ran out in step {self.step + 1} of {self.name}, with {_images(size, asked)} at once"
+        )
+        if distributed.size() > 1:
+            raise OutOfMemory(problem, "Use more processes or a larger recipe.accumulate")
+        if any(value.ndim and len(value) != size for value in views.values()):
+            raise OutOfMemory(
+                problem, "Take a smaller recipe.batch_size: these views cannot be cut into parts"
+            )
+        if self.recipe.accumulate == "auto" and self._set_parts(2 * asked):
+            note = f"of {size} images of a batch no more than {_images(size, 2 * asked)} fitted into memory at once"
+            warnings = self.history.warnings
+            warnings[:] = [text for text in warnings if not text.endswith("fitted into memory at once")]
+            warnings.append(note)
+            self.history.parts = 2 * asked
+            self.progress.say(f"{note}: going on with {2 * asked} parts")
+            return
+        if not hasattr(self.model, "before_step"):  # which has been called for this step
+            self._keep()
+        fits = False
+        while not fits and self.recipe.accumulate != "auto" and self._set_parts(2 * len(self.shares)):
+            fits = self._gradients(views) is not None
+            self._forget_gradients()
+        parts = len(self.shares)
+        if not fits:
+            raise OutOfMemory(
+                problem, f"Not even {_images(size, parts)} fit: take a smaller model or smaller images"
+            )
+        raise OutOfMemory(
+            problem,
+            f"{_images(size, parts)} fit: set accumulate to {parts} in its recipe, with --set recipe.accumulate="
+            f"{parts} for a method, or to auto, which finds that out",
+        )
+
+    def _set_parts(self, parts: int) -> bool:
+        """Splits batches into so many parts from now on; False where these have less than two images."""
+        if self.recipe.batch_size < 2 * parts:
+            return False
+        self.shares = distributed.own_rows(self.recipe.batch_size, parts)
+        return True
 
     def _log(self, scalars: dict[str, Tensor], lr: float) -> None:
         self.pending.append(scalars)
@@ -417,7 +566,8 @@ class _Training:
         """Brings the pending scalars to the host in one transfer and stops at the first bad loss."""
         if not self.pending:
             return
-        flat = iter(torch.stack([value for scalars in self.pending for value in scalars.values()]).tolist())
+        shares = torch.stack([value for scalars in self.pending for value in scalars.values()])
+        flat = iter(distributed.batch_sum(shares).tolist())
         first = self.step - len(self.pending)
         for step, scalars in enumerate(self.pending, first + 1):
             for key in scalars:
@@ -448,7 +598,9 @@ class _Training:
             )
         self.history.steps = self.step
         self.history.images = self.step * self.recipe.batch_size
-        self.history.seconds = self.before + time.perf_counter() - self.began
+        elapsed = time.perf_counter() - self.began
+        self.history.seconds = self.before + elapsed
+        self.history.device_seconds = self.before_devices + elapsed * distributed.size()
         self.history.peak_memory = max(self.history.peak_memory, _peak_memory(self.device))
 
     def _save(self) -> None:
@@ -456,6 +608,9 @@ class _Training:
         if self.folder is None:
             return
         self._settle()
+        self.last_save = time.perf_counter()
+        if not distributed.first():
+            return
         optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer)
         trainer = {f"optimizer/{key}": v for key, v in optimizer.items()}
         trainer |= {f"average/{key}": v for key, v in self.average.items()}
@@ -472,8 +627,32 @@ class _Training:
         self.saved = checkpoint.write_state(self.folder, state)
         self.last_save = time.perf_counter()
 
-    def _restore(self, folder: Path) -> None:
-        """Goes back to the newest training state in ``folder``, if there is one."""
+    def _keep(self) -> None:
+        """Saves the training state before a fault ends training between two steps."""
+        if self.step and distributed.size() == 1:
+            with contextlib.suppress(MimbenchError):  # the fault says more
+                self._save()
+
+    def _begin(self) -> None:
+        """Goes back to the newest training state in the folder, if there is one; in all processes, to the same."""
+        found = self._newest(self.folder) if self.folder and distributed.first() else None
+        name = distributed.share(found[0].name if found else "")
+        if not name:
+            if distributed.size() > 1:  # should their machines have drawn other weights
+                self.model.load_state_dict(distributed.share_tensors(self.model.state_dict()))
+            return
+        assert self.folder is not None
+        state = found[1] if found else checkpoint.State(0, {}, {}, {})
+        state = checkpoint.State(
+            distributed.share(state.step),
+            distributed.share_tensors(state.weights),
+            distributed.share_tensors(state.trainer),
+            distributed.share(state.progress),
+        )
+        self._restore(self.folder / name, state)
+
+    def _newest(self, folder: Path) -> tuple[Path, checkpoint.State] | None:
+        """The newest training state in a folder that can be read, and its place."""
         for place in checkpoint.places(folder):
             try:
                 state = checkpoint.read_state(place)
@@ -484,9 +663,10 @@ class _Training:
                 shutil.rmtree(place)
                 continue
             self._same_run(state.progress["identity"], place)
-            break
-        else:
-            return
+            return place, state
+        return None
+
+    def _restore(self, place: Path, state: checkpoint.State) -> None:
         warnings = self.history.warnings
         self.history = History(**state.progress["history"])
         self.history.warnings += [text for text in warnings if text not in self.history.warnings]
@@ -494,6 +674,8 @@ class _Training:
         self.window = {key: (total, count) for key, (total, count) in state.progress["window"].items()}
         self.step = state.step
         self.saved = place
+        if self.history.parts and self.recipe.accumulate == "auto":
+            self._set_parts(self.history.parts)
         checkpoint.load_strictly(self.model, state.weights, place / "model.safetensors")
         groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "average": {}}
         for key, value in state.trainer.items():
@@ -509,10 +691,11 @@ class _Training:
     def _finish(self) -> None:
         """Swaps the averaged weights in and leaves ``model.safetensors`` and ``history.json``."""
         self._settle()
+        self.history = History(**distributed.share(dataclasses.asdict(self.history)))  # times differ
         if self.average and self.step:
             self.model.load_state_dict(self.model.state_dict() | self.average)
         self.model.eval()
-        if self.folder is None:
+        if self.folder is None or not distributed.first():
             return
         checkpoint.save_tensors(self.folder / "model.safetensors", self.model.state_dict())
         # history.json comes last: a folder that has it is complete
@@ -521,11 +704,16 @@ class _Training:
         checkpoint.remove_states(self.folder)
 
     def _finished(self, folder: Path) -> History:
-        content = checkpoint.load_json(folder / "history.json")
-        self._same_run(content["identity"], folder)
+        content: dict[str, Any] = {}
+        weights: dict[str, Tensor] = {}
         file = folder / "model.safetensors"
-        checkpoint.load_strictly(self.model, checkpoint.load_tensors(file), file)
-        checkpoint.remove_states(folder)  # left when the run was killed at its very end
+        if distributed.first():
+            content = checkpoint.load_json(folder / "history.json")
+            self._same_run(content["identity"], folder)
+            weights = checkpoint.load_tensors(file)
+            checkpoint.remove_states(folder)  # left when the run was killed at its very end
+        content = distributed.share(content)
+        checkpoint.load_strictly(self.model, distributed.share_tensors(weights), file)
         self.model.eval()
         return History(**content["history"])
 
@@ -557,21 +745,42 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=seeds.generator("cpu", seed, "order", epoch))
 
 
-def _parts(views: dict[str, Tensor], count: int, parts: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """The views of ``count`` images in parts, each with its share of the images."""
-    if parts == 1:
-        yield views, 1.0
+def _parts(
+    views: dict[str, Tensor], lengths: list[int], count: int
+) -> Iterator[tuple[dict[str, Tensor], float]]:
+    """Views in parts of so many images, each with its share of the ``count`` images of the batch."""
+    if len(lengths) == 1:
+        yield views, lengths[0] / count
         return
-    for key, value in views.items():
-        if value.ndim and len(value) != count:
-            raise ConfigError(
-                f"recipe.accumulate needs one entry per image in every view, but '{key}' has {len(value)} "
-                f"for {count} images",
-                "Set recipe.accumulate to 1",
-            )
-    for chosen in torch.arange(count).chunk(parts):
-        rows = slice(int(chosen[0]), int(chosen[-1]) + 1)
-        yield {key: v[rows] if v.ndim else v for key, v in views.items()}, len(chosen) / count
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        yield {key: v[rows] if v.ndim else v for key, v in views.items()}, length / count
+        begin += length
+
+
+def _images(size: int, parts: int) -> str:
+    """The images of the largest part of a batch, in words."""
+    return f"{math.ceil(size / parts)} images"
+
+
+def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether two sets of views agree: floats but for rounding, all else exactly."""
+
+    def agree(a: Tensor, b: Tensor) -> bool:
+        if a.shape != b.shape or not a.is_floating_point():
+            return torch.equal(a, b)
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+    return ours.keys() == theirs.keys() and all(agree(ours[key], theirs[key]) for key in ours)
+
+
+def _over_all_processes(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    if distributed.size() == 1:
+        return contextlib.nullcontext()
+    from mimbench.batchwide import over_all_processes  # which knows networks that are trained by this loop
+
+    return over_all_processes(model)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

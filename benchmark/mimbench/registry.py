@@ -32,6 +32,7 @@ _KEYS: dict[str, type] = {  # of method.toml, besides its presets
     "licence": str,
     "summary": str,
     "deviations": list,
+    "one_process": str,
 }
 
 
@@ -51,6 +52,7 @@ class Card:
     licence: str = ""
     summary: str = ""
     deviations: tuple[str, ...] = ()
+    one_process: str = ""  # why several processes cannot train it together, where they cannot
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def preset(self, name: str) -> dict[str, Any]:

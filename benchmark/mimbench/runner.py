@@ -19,7 +19,7 @@ import filelock
 import torch
 from torch import Tensor, nn
 
-from mimbench import checkpoint, config, data, database, paths, record, registry, seeds
+from mimbench import checkpoint, config, data, database, distributed, paths, record, registry, seeds
 from mimbench import weights as published
 from mimbench.data import Dataset, Split
 from mimbench.encoder import Encoder
@@ -27,7 +27,7 @@ from mimbench.environment import environment, git
 from mimbench.errors import ConfigError, MimbenchError, ResultsError, UnknownName
 from mimbench.fit import History, Recipe, fit
 from mimbench.optim import make_optimizer
-from mimbench.progress import Progress
+from mimbench.progress import Progress, quiet
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.task import Context, Result, Task
 
@@ -87,9 +87,9 @@ class Pretrained:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU."""
+    """``auto`` is the first GPU, or the CPU; of several processes on a machine each takes a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -99,8 +99,12 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no usable GPU here", "Use --device cpu")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and distributed.launched() > 1:
+        if device.index is not None:
+            raise ConfigError(f"{name} cannot serve {distributed.launched()} processes", "Use --device cuda")
+        device = torch.device("cuda", distributed.local_rank())
     if (device.index or 0) >= count:
-        raise ConfigError(f"there is no {name} here", f"The last one is {device.type}:{count - 1}")
+        raise ConfigError(f"there is no {device} here", f"The last one is {device.type}:{count - 1}")
     return device
 
 
@@ -109,8 +113,16 @@ def run(request: Request, progress: Progress) -> Iterator[Outcome]:
 
     Every name, setting and data set is checked before anything is trained. A run that is recorded already
     is not repeated unless ``request.force``. What another process is at comes last, and is then waited for.
+
+    Of processes that torchrun has started all pretrain, together; then the first evaluates alone.
     """
     device = choose_device(request.device)
+    if distributed.launched() > 1:
+        if request.may_pretrain:
+            for _ in _pretrain_together(request, device, progress, needed=Unit.unrecorded):
+                pass
+        if distributed.launched_as():
+            return
     for unit in in_turn(units(request, progress), Unit.busy):
         pretrained: Pretrained | None = None
         for job in in_turn(unit.jobs, Job.busy):
@@ -123,10 +135,30 @@ def run(request: Request, progress: Progress) -> Iterator[Outcome]:
 
 
 def pretrain_all(request: Request, progress: Progress) -> Iterator[Pretrained]:
-    """Pretrains every (method, seed) of a request, those last that another process is at."""
+    """Pretrains every (method, seed) of a request, those last that another process is at.
+
+    Of processes that torchrun has started the first alone yields what they trained together.
+    """
     device = choose_device(request.device)
+    if distributed.launched() > 1:
+        yield from _pretrain_together(request, device, progress, needed=lambda unit: True)
+        return
     for unit in in_turn(units(request, progress), Unit.busy):
         yield unit.pretrain(device, progress)
+
+
+def _pretrain_together(
+    request: Request, device: torch.device, progress: Progress, needed: Callable[[Unit], bool]
+) -> Iterator[Pretrained]:
+    """Pretrains, by all processes of torchrun, the (method, seed) that the first one finds ``needed``."""
+    with distributed.together(device):
+        progress = progress if distributed.first() else quiet()
+        found = distributed.one_after_the_first(lambda: units(request, progress))
+        for unit, wanted in zip(found, distributed.share([needed(unit) for unit in found]), strict=True):
+            if wanted:
+                pretrained = unit.pretrain(device, progress)
+                if distributed.first():
+                    yield pretrained
 
 
 def units(request: Request, progress: Progress, load: Loader | None = None) -> list[Unit]:
@@ -225,6 +257,11 @@ def pretrain(
     for it. With ``weights`` nothing is trained. A teacher that is a run of this suite is trained first, with the
     same preset, data and seed.
     """
+    if distributed.size() > 1 and weights is None and (reason := registry.method(slug).one_process):
+        raise ConfigError(
+            f"{slug} cannot be trained by {distributed.size()} processes: {reason}",
+            "Start it without torchrun; recipe.accumulate saves memory",
+        )
     module = registry.load_method(slug)
     split = dataset.train
     seeds.seed_everything(seed, "weights")
@@ -249,16 +286,20 @@ def pretrain(
             "Run 'mimbench pretrain' with the same options first",
         )
     train: Callable[..., History] = getattr(module, "pretrain", fit)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise MimbenchError(
-            f"the cache {folder} cannot be written: {fault.strerror}",
-            "Set MIMBENCH_CACHE to a folder that can",
-        ) from None
-    with _only_one(folder / ".lock", f"pretraining {slug} on {dataset.name}, seed {seed}", progress):
-        if not (folder / "config.json").is_file():  # what is trained can be used where nothing can be written
-            checkpoint.save_json(folder / "config.json", {"method": slug, "config": config.to_dict(settings)})
+    with contextlib.ExitStack() as stack:
+        if distributed.first():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as fault:
+                raise MimbenchError(
+                    f"the cache {folder} cannot be written: {fault.strerror}",
+                    "Set MIMBENCH_CACHE to a folder that can",
+                ) from None
+            what = f"pretraining {slug} on {dataset.name}, seed {seed}"
+            stack.enter_context(_only_one(folder / ".lock", what, progress))
+            file = folder / "config.json"
+            if not file.is_file():  # what is trained can be used where nothing can be written
+                checkpoint.save_json(file, {"method": slug, "config": config.to_dict(settings)})
         history = train(
             model,
             split,
@@ -439,7 +480,7 @@ def pretraining_key(slug: str, settings: Any, split: Split, seed: int, *origin: 
 @functools.cache
 def _training_code(slug: str) -> str:
     """A hash of the code that a method's weights depend on."""
-    loop = (paths.PACKAGE / name for name in ("encoder.py", "fit.py", "optim.py"))
+    loop = (paths.PACKAGE / f"{name}.py" for name in ("encoder", "fit", "optim", "distributed", "batchwide"))
     return registry.code_hash(*loop, *registry.method_code(slug))
 
 
@@ -653,10 +694,13 @@ class Unit:
         )
         return lineage(wanted, self.dataset, self.seed)
 
+    def unrecorded(self) -> bool:
+        """Whether a run is still to be done."""
+        return self.plan.request.force or not self.jobs or not all(job.recorded() for job in self.jobs)
+
     def busy(self) -> bool:
         """Whether another process is at a pretraining that this one has a use for."""
-        request = self.plan.request
-        if not request.force and self.jobs and all(job.recorded() for job in self.jobs):
+        if not self.unrecorded():
             return False
         return any(wanted.busy for wanted in self.lineage)
 
@@ -832,7 +876,7 @@ class Job:
                 steps=history.steps,
                 epochs=epochs,
                 seconds=history.seconds,
-                device_seconds=history.seconds,
+                device_seconds=history.device_seconds,
                 resumed=history.resumed,
                 peak_memory=history.peak_memory,
                 precision=history.precision,

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from mimbench import augment
 from mimbench.config import check
 from mimbench.data import Batch
+from mimbench.distributed import batch_max, batch_sum
 from mimbench.encoder import InputSpec, normalise
 from mimbench.errors import ConfigError
 from mimbench.fit import Recipe
@@ -80,7 +81,7 @@ class Config:
         )
         if self.drop_path == 1:
             raise ConfigError("config.drop_path = 1.0 leaves no branch to train", "Choose a share below 1")
-        if self.recipe.accumulate > 1:
+        if self.recipe.accumulate != 1:
             raise ConfigError(
                 f"recipe.accumulate = {self.recipe.accumulate} would even out assignments over parts of a batch",
                 "Set recipe.accumulate to 1, and take a smaller recipe.batch_size",
@@ -112,11 +113,12 @@ def blocks(count: int, side: int, cells: int, roll: bool, generator: torch.Gener
 def sinkhorn(scores: Tensor, iterations: int) -> Tensor:
     """Assignments (..., B, K) of B rows to K prototypes from their scores, by Sinkhorn and Knopp's iterations.
 
-    Rows add up to 1, and columns to nearly the same: the batch is spread evenly over the prototypes.
+    Rows add up to 1, and columns to nearly the same: the batch, of all processes, is spread evenly over the
+    prototypes.
     """
-    shares = (scores - scores.amax(-2, keepdim=True) + 50).exp()
+    shares = (scores - batch_max(scores.amax(-2, keepdim=True)) + 50).exp()
     for _ in range(iterations):
-        shares /= shares.sum(-2, keepdim=True) + 1e-8
+        shares /= batch_sum(shares.sum(-2, keepdim=True)) + 1e-8
         shares /= shares.sum(-1, keepdim=True) + 1e-8
     return shares
 
