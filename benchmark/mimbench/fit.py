@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from mimbench import checkpoint, config, distributed, machine, seeds
 from mimbench.data import Batch, InMemory, Split
-from mimbench.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
+from mimbench.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MimbenchError,
+    NonFiniteLoss,
+    OutOfMemory,
+    ran_out_of_memory,
+)
 from mimbench.optim import learning_rate, make_optimizer, scaled, set_learning_rates
 from mimbench.progress import Progress, quiet
 
@@ -64,7 +72,9 @@ class Recipe:
     milestones: tuple[float, ...] = ()  # multistep: epochs at which the lr is multiplied by gamma
     gamma: float = 0.1  # multistep
     clip_norm: float | None = None  # largest global gradient norm
-    accumulate: int = 1  # parts that a batch is split into, to save memory
+    accumulate: int | Literal["auto"] = (
+        1  # parts that a batch is split into, to save memory; auto: as few as fit
+    )
     ema: float | None = None  # decay of an average of the weights, which then replaces them at the end
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # bf16 is autocast; auto: the faster in a trial
     compile: bool | Literal["auto"] = "auto"  # torch.compile; auto: where a trial says that it pays
@@ -74,7 +84,10 @@ class Recipe:
         config.check(
             self,
             "recipe",
-            positive=("batch_size", "accumulate", "clip_norm", "layer_decay", "stages"),
+            positive=(
+                *("batch_size", "clip_norm", "layer_decay", "stages"),
+                *(() if self.accumulate == "auto" else ("accumulate",)),
+            ),
             not_negative=(
                 *("epochs", "base_lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "momentum"),
                 *("lr_batch", "milestones", "gamma", "checkpoint_minutes"),
@@ -145,6 +158,7 @@ class History:
     resumed: int = 0  # how many times training went on from a checkpoint
     precision: str = ""  # what it ran in, fp32 or bf16
     compiled: bool = False
+    parts: int = 0  # that "auto" split a batch into; 0 where it did not
     planned: int = 0  # steps that the recipe or its budget came to; 0 until that is settled
     peak_memory: int = 0  # bytes on the GPU, or of the process
     warnings: list[str] = field(default_factory=list)
@@ -233,7 +247,12 @@ class _Training:
         self.name = name
         self.steps_per_epoch = len(split) // recipe.batch_size
         # This process's rows of each part of a batch; all of them where there is one process.
-        self.shares = distributed.own_rows(recipe.batch_size, recipe.accumulate)
+        if recipe.accumulate == "auto" and distributed.size() > 1:
+            raise ConfigError(
+                "recipe.accumulate = 'auto' is for one process", "Set a number, such as recipe.accumulate=2"
+            )
+        parts = 1 if recipe.accumulate == "auto" else recipe.accumulate
+        self.shares = distributed.own_rows(recipe.batch_size, parts)
         self.rows = torch.tensor([row for rows in self.shares for row in rows])
         self.apart = False  # whether only these rows are read and augmented, not the whole batch
         self.total = 0
@@ -353,7 +372,11 @@ class _Training:
             ahead = reader.submit(self._read, first) if first < last else None
             for step in range(first, last):
                 assert ahead is not None
-                batch = ahead.result()
+                try:
+                    batch = ahead.result()
+                except Exception:  # the data have gone; what was learned from them is kept
+                    self._keep()
+                    raise
                 ahead = reader.submit(self._read, step + 1) if step + 1 < last else None
                 yield batch
 
@@ -424,17 +447,12 @@ class _Training:
                 seeds.seed_everything(self.seed, "stage", self.step)
                 before_step(batch.progress)
         views = self._views(batch)
-        other = [distributed.rank()] if distributed.rank() else []  # so that no two processes drop the same
-        seeds.seed_everything(self.seed, "model", self.step, *other)
-        scalars: dict[str, Tensor] = {}
-        for part, share in _parts(views, [len(rows) for rows in self.shares], recipe.batch_size):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                outputs = self.forward(**part)
-            (outputs["loss"] * share).backward()
-            for key, value in outputs.items():
-                if value.ndim == 0 and value.is_floating_point():
-                    value = value.detach().to(self.device, torch.float32) * share
-                    scalars[key] = scalars[key] + value if key in scalars else value
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        while (scalars := self._gradients(views)) is None:  # memory did not suffice
+            self._forget_gradients()
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+            self._split_more(views)
         distributed.add_gradients(self.trained)
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, recipe.clip_norm)
@@ -449,6 +467,80 @@ class _Training:
                 _move(self.average, model, recipe.ema)
         self.step += 1
         return scalars, lr
+
+    def _gradients(self, views: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Adds up the gradients of all parts of a batch. Returns what is logged, or None where memory ran out."""
+        other = [distributed.rank()] if distributed.rank() else []  # so that no two processes drop the same
+        seeds.seed_everything(self.seed, "model", self.step, *other)
+        scalars: dict[str, Tensor] = {}
+        try:
+            for part, share in _parts(views, [len(rows) for rows in self.shares], self.recipe.batch_size):
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"
+                ):
+                    outputs = self.forward(**part)
+                (outputs["loss"] * share).backward()
+                for key, value in outputs.items():
+                    if value.ndim == 0 and value.is_floating_point():
+                        value = value.detach().to(self.device, torch.float32) * share
+                        scalars[key] = scalars[key] + value if key in scalars else value
+        except (RuntimeError, MemoryError) as fault:
+            if not ran_out_of_memory(fault):
+                raise
+            return None
+        return scalars
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _split_more(self, views: dict[str, Tensor]) -> None:
+        """Splits batches into twice as many parts, if that was asked for; else raises OutOfMemory.
+
+        The message then says what fits, by trial.
+        """
+        asked, size = len(self.shares), self.recipe.batch_size
+        problem = (
+            f"memory ran out in step {self.step + 1} of {self.name}, with {_images(size, asked)} at once"
+        )
+        if distributed.size() > 1:
+            raise OutOfMemory(problem, "Use more processes or a larger recipe.accumulate")
+        if any(value.ndim and len(value) != size for value in views.values()):
+            raise OutOfMemory(
+                problem, "Take a smaller recipe.batch_size: these views cannot be cut into parts"
+            )
+        if self.recipe.accumulate == "auto" and self._set_parts(2 * asked):
+            note = f"of {size} images of a batch no more than {_images(size, 2 * asked)} fitted into memory at once"
+            warnings = self.history.warnings
+            warnings[:] = [text for text in warnings if not text.endswith("fitted into memory at once")]
+            warnings.append(note)
+            self.history.parts = 2 * asked
+            self.progress.say(f"{note}: going on with {2 * asked} parts")
+            return
+        if not hasattr(self.model, "before_step"):  # which has been called for this step
+            self._keep()
+        fits = False
+        while not fits and self.recipe.accumulate != "auto" and self._set_parts(2 * len(self.shares)):
+            fits = self._gradients(views) is not None
+            self._forget_gradients()
+        parts = len(self.shares)
+        if not fits:
+            raise OutOfMemory(
+                problem, f"Not even {_images(size, parts)} fit: take a smaller model or smaller images"
+            )
+        raise OutOfMemory(
+            problem,
+            f"{_images(size, parts)} fit: set accumulate to {parts} in its recipe, with --set recipe.accumulate="
+            f"{parts} for a method, or to auto, which finds that out",
+        )
+
+    def _set_parts(self, parts: int) -> bool:
+        """Splits batches into so many parts from now on; False where these have less than two images."""
+        if self.recipe.batch_size < 2 * parts:
+            return False
+        self.shares = distributed.own_rows(self.recipe.batch_size, parts)
+        return True
 
     def _log(self, scalars: dict[str, Tensor], lr: float) -> None:
         self.pending.append(scalars)
@@ -535,6 +627,12 @@ class _Training:
         self.saved = checkpoint.write_state(self.folder, state)
         self.last_save = time.perf_counter()
 
+    def _keep(self) -> None:
+        """Saves the training state before a fault ends training between two steps."""
+        if self.step and distributed.size() == 1:
+            with contextlib.suppress(MimbenchError):  # the fault says more
+                self._save()
+
     def _begin(self) -> None:
         """Goes back to the newest training state in the folder, if there is one; in all processes, to the same."""
         found = self._newest(self.folder) if self.folder and distributed.first() else None
@@ -576,6 +674,8 @@ class _Training:
         self.window = {key: (total, count) for key, (total, count) in state.progress["window"].items()}
         self.step = state.step
         self.saved = place
+        if self.history.parts and self.recipe.accumulate == "auto":
+            self._set_parts(self.history.parts)
         checkpoint.load_strictly(self.model, state.weights, place / "model.safetensors")
         groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "average": {}}
         for key, value in state.trainer.items():
@@ -657,6 +757,11 @@ def _parts(
         rows = slice(begin, begin + length)
         yield {key: v[rows] if v.ndim else v for key, v in views.items()}, length / count
         begin += length
+
+
+def _images(size: int, parts: int) -> str:
+    """The images of the largest part of a batch, in words."""
+    return f"{math.ceil(size / parts)} images"
 
 
 def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
