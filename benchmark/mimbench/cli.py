@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mimbench.errors import ConfigError, MimbenchError, ResultsError, ran_out_of_memory
+from mimbench.visible import one_line, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,8 +69,8 @@ EvalDataset = Annotated[
 Preset = Annotated[
     str | None, typer.Option(help="A preset of the method; by default the one that suits the data.")
 ]
-Seed = Annotated[int, typer.Option(help="The seed, or the first of several.")]
-Seeds = Annotated[int, typer.Option(min=1, help="How many seeds.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="The seed, or the first of several.")]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="How many seeds.")]
 Settings = Annotated[
     list[str], typer.Option("--set", help="key=value of the method, or PROTOCOL.key=value; may be repeated.")
 ]
@@ -102,7 +103,7 @@ def main() -> None:
     except _UsageError as fault:
         message = fault.format_message()
         if type(fault).__name__ == "NoArgsIsHelpError":  # the message is the help text
-            typer.echo(message)
+            _echo(message)
             sys.exit(0)
         code = _fail(message, 2)
     except (KeyboardInterrupt, typer.Abort) as fault:
@@ -129,8 +130,13 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"error{_speaker()}: {message}", err=True)
+    _echo(f"error{_speaker()}: {one_line(' '.join(message.split()))}", err=True)
     return code
+
+
+def _echo(message: object, err: bool = False) -> None:
+    """Prints what may hold texts of others: no character of theirs steers the terminal."""
+    typer.echo(printable(str(message)), err=err)
 
 
 def _speaker() -> str:
@@ -163,13 +169,20 @@ def _print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> 
     from rich.text import Text
 
     table: Table = Table(
-        title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
     )
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(printable(column)), overflow="fold")
     for row in rows:
         table.add_row(
-            *(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row)
+            *(
+                cell if isinstance(cell, Text) else Text("" if cell is None else printable(str(cell)))
+                for cell in row
+            )
         )
     console = Console()
     if not console.is_terminal:
@@ -178,7 +191,7 @@ def _print_table(columns: list[str], rows: list[list[Any]], title: str = "") -> 
 
 
 def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, sort_keys=True))
+    _echo(json.dumps(content, indent=2, sort_keys=True))
 
 
 def _runs(may_pretrain: bool) -> Callable[..., None]:
@@ -270,10 +283,10 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
         "",
     ]
     _print_table(columns, rows)
-    typer.echo("\nTo repeat:")
+    _echo("\nTo repeat:")
     for outcome in outcomes:
-        typer.echo(f"  {outcome.record.command}")
-    typer.echo("To see it beside the paper's numbers:\n  mimbench report")
+        _echo(f"  {outcome.record.command}")
+    _echo("To see it beside the paper's numbers:\n  mimbench report")
 
 
 def _value(made: Record) -> str:
@@ -315,7 +328,7 @@ def pretrain(
     for trained in runner.pretrain_all(request, Progress(quiet=quiet)):
         history = trained.history
         last = f", loss {history.curve[-1]['loss']:.4f}" if history.curve else ""
-        typer.echo(
+        _echo(
             f"{trained.slug} seed {trained.seed}: {history.images} images in {_seconds(history.seconds)}{last}\n"
             f"  {trained.folder / 'model.safetensors'}"
         )
@@ -368,7 +381,7 @@ def sweep(
     if as_json:
         _print_json(found.content())
     else:
-        typer.echo("\n".join(found.summary()))
+        _echo("\n".join(found.summary()))
     if found.state.failed:
         raise typer.Exit(1)
 
@@ -383,11 +396,11 @@ def _print_plan(plan: Plan) -> None:
         f"{plan.count(kind, todo=True)} of {plan.count(kind, todo=False)} {name}"
         for kind, name in (("pretrain", "pretrainings"), ("evaluate", "evaluations"))
     ]
-    typer.echo(f"\nTo do: {' and '.join(parts)}; the rest is there already, or nothing needs it.")
+    _echo(f"\nTo do: {' and '.join(parts)}; the rest is there already, or nothing needs it.")
     if plan.left_out:
-        typer.echo("\nLeft out:")
+        _echo("\nLeft out:")
         for each in plan.left_out:
-            typer.echo(f"  {each.what}: {each.reason}")
+            _echo(f"  {each.what}: {each.reason}")
 
 
 @listing.command("methods")
@@ -455,7 +468,7 @@ def list_runs(as_json: AsJson = False) -> None:
     ]
     _print_table(["run", "method", "protocol", "data", "preset", "seed", "result", "recorded", ""], rows)
     for fault in faults:
-        typer.echo(f"warning: {fault}", err=True)
+        _echo(f"warning: {fault}", err=True)
 
 
 @app.command()
@@ -502,7 +515,7 @@ def verify(
 
     recorded = _run_of(run)
     if not (quiet or as_json):
-        typer.echo(f"Repeating: {recorded.command}", err=True)
+        _echo(f"Repeating: {recorded.command}", err=True)
     found = repeating.verify(recorded, reuse=reuse, quiet=quiet or as_json)
     if as_json:
         _print_json({**dataclasses.asdict(found), "passed": found.passed})
@@ -524,11 +537,11 @@ def verify(
             )
         _print_table(["metric", "recorded", "95 % interval", "now", "", "verdict"], rows)
         for name, (then, now) in found.environment.items():
-            typer.echo(f"{name} was {then} and is {now}")
+            _echo(f"{name} was {then} and is {now}")
         if found.code:
-            typer.echo(f"today's code is another: {found.code}")
+            _echo(f"today's code is another: {found.code}")
         done = "lies within its recorded interval" if found.passed else "lies OUTSIDE its recorded interval"
-        typer.echo(f"{found.primary} of run {found.run} {done}, after {_seconds(found.seconds)}")
+        _echo(f"{found.primary} of run {found.run} {done}, after {_seconds(found.seconds)}")
     if not found.passed:
         raise typer.Exit(1)
 
@@ -551,17 +564,17 @@ def compare(
 
     records, faults = record.scan(paths.results())
     for fault in faults:
-        typer.echo(f"warning: {fault}", err=True)
+        _echo(f"warning: {fault}", err=True)
     found = comparing.compare(comparing.choose(names, records, protocol, dataset, preset))
     if as_json:
         _print_json(found.content())
         return
     for title, columns, rows in found.tables():
-        typer.echo(title)
+        _echo(title)
         _print_table(columns, rows)
-        typer.echo()
+        _echo()
     for note in found.notes:
-        typer.echo(f"note: {note}")
+        _echo(f"note: {note}")
 
 
 @app.command()
@@ -611,7 +624,7 @@ def explain(
     )
     records, faults = record.scan(paths.results())
     for fault in faults:
-        typer.echo(f"warning: {fault}", err=True)
+        _echo(f"warning: {fault}", err=True)
     found = explaining.explain(question, records, Progress(quiet=quiet))
     file = explanation.write(found, paths.results()) if record_ else None
     if as_json:
@@ -619,14 +632,14 @@ def explain(
         return
     for title, columns, rows in explaining.tables(found):
         if title:
-            typer.echo(title)
+            _echo(title)
         _print_table(columns, rows)
-        typer.echo()
-    typer.echo(explaining.headline(found))
+        _echo()
+    _echo(explaining.headline(found))
     for note in found.notes:
-        typer.echo(f"note: {note}")
+        _echo(f"note: {note}")
     if file:
-        typer.echo(f"recorded: {file}")
+        _echo(f"recorded: {file}")
 
 
 @app.command()
@@ -648,7 +661,7 @@ def verdicts(
         if not found:
             raise UnknownName("paper or method with reported numbers", name, known)
     for fault in source.faults:
-        typer.echo(f"warning: {fault}", err=True)
+        _echo(f"warning: {fault}", err=True)
     if as_json:
         _print_json({"margins": verdict.VERSION, "verdicts": [each.content() for each in found]})
         return
@@ -666,7 +679,7 @@ def verdicts(
     if rows:
         columns = ["paper", "method", "protocol", "data", "metric", "reported", "ours", "verdict", "why"]
         _print_table(columns, rows)
-        typer.echo()
+        _echo()
     counts = verdict.counts(found)
     _print_table(
         ["numbers", "verdict", "why"],
@@ -699,7 +712,7 @@ def report(
         page = report.single_file(paths.results(), single_file)
     else:
         page = report.report(paths.results(), out or paths.site())
-    typer.echo(page)
+    _echo(page)
     if open_:
         import webbrowser
 
@@ -716,14 +729,14 @@ def query(
 
     try:
         for fault in database.update(paths.results()):
-            typer.echo(f"warning: {fault}", err=True)
+            _echo(f"warning: {fault}", err=True)
     except ResultsError as fault:  # in a folder that is read-only, say, what is there can still be asked
         if not (paths.results() / database.NAME).is_file():
             raise
-        typer.echo(f"warning: the answer may be out of date: {fault}", err=True)
+        _echo(f"warning: the answer may be out of date: {fault}", err=True)
     columns, rows = database.query(sql, paths.results())
     if as_json:
-        typer.echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))
+        _echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))
         return
     rounded = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
     _print_table(columns, rounded)
@@ -745,9 +758,9 @@ def check(
     if update:
         written, left_out = regression.update(folder)
         for file in written:
-            typer.echo(file)
+            _echo(file)
         for reason in left_out:
-            typer.echo(f"left out: {reason}", err=True)
+            _echo(f"left out: {reason}", err=True)
         return
     rows = regression.check(folder, run=run_)
     if not rows:
@@ -810,8 +823,8 @@ def score(
                 ["metric", "value", "95 % interval", "test items"], rows, f"{scored.protocol}:{scored.recipe}"
             )
             for warning in scored.warnings:
-                typer.echo(f"warning: {warning}", err=True)
-            typer.echo()
+                _echo(f"warning: {warning}", err=True)
+            _echo()
         rows = [
             [
                 a.case,
@@ -901,17 +914,17 @@ def weights(
         for match in found:
             part = "all of the model" if match.whole else "the encoder"
             inside = f", behind '{match.prefix}'" if match.prefix else ""
-            typer.echo(f"{match.slug}: {part}, {len(match.state)} tensors{inside}")
-            typer.echo(f"  {published.command(file, match)}")
+            _echo(f"{match.slug}: {part}, {len(match.state)} tensors{inside}")
+            _echo(f"  {published.command(file, match)}")
             pairs = [[theirs, ours] for ours, theirs in match.names.items()]
             shown = pairs if names else pairs[:8]
             _print_table(["in the file", "here"], shown)
             if len(pairs) > len(shown):
-                typer.echo(f"... and {len(pairs) - len(shown)} more (--names shows all)")
+                _echo(f"... and {len(pairs) - len(shown)} more (--names shows all)")
         if not found:
-            typer.echo(f"{file} fits no method. The nearest:")
+            _echo(f"{file} fits no method. The nearest:")
             for slug, reason in list(others.items())[:3]:
-                typer.echo(f"  {slug}: {reason}")
+                _echo(f"  {slug}: {reason}")
     if not found:
         raise typer.Exit(1)
 
@@ -948,7 +961,7 @@ def picture(
         drawn = drawing.views(method, preset)
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn.save(out, optimize=True)
-    typer.echo(out)
+    _echo(out)
 
 
 @app.command()
@@ -974,7 +987,7 @@ def data_get(name: Annotated[str, typer.Argument(help="The data set.")]) -> None
     """Find a data set, or download it where that is possible, and print where it is."""
     from mimbench import data
 
-    typer.echo(data.get(name))
+    _echo(data.get(name))
 
 
 @data_app.command("verify")
@@ -987,10 +1000,10 @@ def data_verify(
 
     findings = data.verify(place, Progress(quiet=quiet))
     for finding in findings:
-        typer.echo(finding)
+        _echo(finding)
     if findings:
         raise typer.Exit(1)
-    typer.echo(f"{place}: every image reads, nothing is wrong")
+    _echo(f"{place}: every image reads, nothing is wrong")
 
 
 @new_app.command("method")
@@ -1003,4 +1016,4 @@ def new_method(
     from mimbench import scaffold
 
     for file in scaffold.new_method(slug, title, arxiv):
-        typer.echo(file)
+        _echo(file)

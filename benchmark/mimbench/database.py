@@ -182,7 +182,8 @@ GROUP BY dataset, method, preset, pretrain_dataset, seed, setting
 ORDER BY reads DESC, dataset, method, preset, setting, seed;
 
 CREATE MACRO plain(name) AS CASE regexp_replace(lower(name), '[^a-z0-9]', '', 'g')
-    WHEN 'imagenet' THEN 'imagenet1k' WHEN 'resnet18cifarstem' THEN 'resnet18cifar' ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
+    WHEN 'imagenet' THEN 'imagenet1k' WHEN 'resnet18cifarstem' THEN 'resnet18cifar'
+    ELSE regexp_replace(lower(name), '[^a-z0-9]', '', 'g') END;
 
 CREATE MACRO differs(ours, theirs) AS CASE WHEN plain(ours) IS NOT DISTINCT FROM plain(theirs) THEN NULL
     ELSE 'ours ' || coalesce(ours, 'unknown') || ', reported ' || coalesce(theirs, 'not said') END;
