@@ -215,4 +215,5 @@ def test_run_repeats_only_what_is_missing_or_stale(folder: Path, monkeypatch: py
 def test_run_executes_nothing_but_mimbench(folder: Path) -> None:
     check.write(check.baseline([make_record(command="rm -rf somewhere")]), folder)
     (row,) = check.check(folder, run=True)
-    assert (row.status, row.note) == ("failed", "'rm -rf somewhere' is no mimbench command")
+    assert row.status == "failed"
+    assert row.note.endswith("was not made by 'mimbench run' but by: rm -rf somewhere.")

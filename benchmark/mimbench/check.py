@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mimbench import config, foreign, record
-from mimbench.errors import ResultsError
+from mimbench import config, foreign, record, verify
+from mimbench.errors import ConfigError, ResultsError
 from mimbench.record import Record
 
 SCHEMA = 1
@@ -255,9 +254,10 @@ def _run(baseline: Baseline, folder: Path) -> str:
         made = _find(baseline, seed, folder)
         if made is not None and record.stale(made) is None:
             continue
-        program, *words = shlex.split(command)
-        if program != "mimbench":
-            return f"'{command}' is no mimbench command"
+        try:
+            words = verify.words_of(command, f"the baseline {baseline.identity.name}")
+        except ConfigError as fault:
+            return str(fault)
         # What it prints goes to stderr: standard output belongs to the check's own table.
         done = subprocess.run(
             [sys.executable, "-m", "mimbench", *words],

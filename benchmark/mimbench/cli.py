@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -572,7 +573,7 @@ def compare(
     for title, columns, rows in found.tables():
         _echo(title)
         _print_table(columns, rows)
-        _echo()
+        _echo("")
     for note in found.notes:
         _echo(f"note: {note}")
 
@@ -634,7 +635,7 @@ def explain(
         if title:
             _echo(title)
         _print_table(columns, rows)
-        _echo()
+        _echo("")
     _echo(explaining.headline(found))
     for note in found.notes:
         _echo(f"note: {note}")
@@ -679,7 +680,7 @@ def verdicts(
     if rows:
         columns = ["paper", "method", "protocol", "data", "metric", "reported", "ours", "verdict", "why"]
         _print_table(columns, rows)
-        _echo()
+        _echo("")
     counts = verdict.counts(found)
     _print_table(
         ["numbers", "verdict", "why"],
@@ -736,10 +737,21 @@ def query(
         _echo(f"warning: the answer may be out of date: {fault}", err=True)
     columns, rows = database.query(sql, paths.results())
     if as_json:
-        _echo(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2, default=str))
+        _echo(json.dumps([dict(zip(columns, map(_jsonable, row), strict=True)) for row in rows], indent=2))
         return
     rounded = [[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows]
     _print_table(columns, rounded)
+
+
+def _jsonable(cell: Any) -> Any:
+    """A value of the database as JSON has it: what JSON has no form for is text, and no number is null."""
+    if isinstance(cell, dict):
+        return {str(key): _jsonable(value) for key, value in cell.items()}
+    if isinstance(cell, list | tuple):
+        return [_jsonable(value) for value in cell]
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return None
+    return cell if cell is None or isinstance(cell, str | int | float) else str(cell)
 
 
 @app.command()
@@ -824,7 +836,7 @@ def score(
             )
             for warning in scored.warnings:
                 _echo(f"warning: {warning}", err=True)
-            _echo()
+            _echo("")
         rows = [
             [
                 a.case,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -29,6 +30,12 @@ TELLING = (
     "device",
     "gpu",
     "cuda",
+)
+
+# Those of ``runner.Job.command``.
+OPTIONS = frozenset(
+    f"--{name}"
+    for name in ("method", "protocol", "dataset", "eval-dataset", "preset", "seed", "set", "weights")
 )
 
 
@@ -66,13 +73,10 @@ def verify(run: Record, *, reuse: bool = False, quiet: bool = False) -> Verifica
     """Repeats ``run`` by its own command, pretraining included, and leaves no record.
 
     ``reuse`` takes a pretraining that is in the cache already, so that only the evaluation is repeated. Raises
-    ConfigError for a record whose command is not ``mimbench run``, and ResultsError where the repetition fails.
+    ConfigError for a record whose command may not be run, see ``words_of``, and ResultsError where the repetition
+    fails.
     """
-    words = [
-        os.path.expanduser(word) for word in shlex.split(run.command)
-    ]  # records say ~ for the home folder
-    if words[:2] != ["mimbench", "run"]:
-        raise ConfigError(f"run {run.id} was not made by 'mimbench run' but by: {run.command}")
+    words = words_of(run.command, f"run {run.id}")
     with tempfile.TemporaryDirectory(prefix="mimbench-verify-") as place:
         results = Path(place) / "results"
         variables = {**os.environ, "MIMBENCH_RESULTS": str(results)}
@@ -80,7 +84,7 @@ def verify(run: Record, *, reuse: bool = False, quiet: bool = False) -> Verifica
             variables["MIMBENCH_CACHE"] = str(Path(place) / "cache")
         # Another process, as the user would start it: no state of this one can leak into the result.
         done = subprocess.run(
-            [sys.executable, "-m", "mimbench", *words[1:], *(["--quiet"] if quiet else [])],
+            [sys.executable, "-m", "mimbench", *words, *(["--quiet"] if quiet else [])],
             env=variables,
             stdout=subprocess.DEVNULL,
             check=False,
@@ -93,6 +97,33 @@ def verify(run: Record, *, reuse: bool = False, quiet: bool = False) -> Verifica
                 f"It is: {run.command}",
             )
     return compared(run, again)
+
+
+def words_of(command: str, whose: str) -> list[str]:
+    """The words after ``mimbench`` of a recorded command, which may come from a stranger.
+
+    It must be ``mimbench run`` with the options that records are made with, each with its value: none of them
+    writes anywhere but to the results and the cache. ``~`` is the user's home folder. Raises ConfigError for all else.
+    """
+    try:
+        program, *words = shlex.split(command)
+    except ValueError as fault:
+        raise ConfigError(f"the command of {whose} is damaged: {fault}") from None
+    if [program, *words[:1]] != ["mimbench", "run"]:
+        raise ConfigError(f"{whose} was not made by 'mimbench run' but by: {command}")
+    options, values = words[1::2], words[2::2]
+    if len(options) != len(values) or not set(options) <= OPTIONS or "\0" in command:
+        allowed = ", ".join(sorted(OPTIONS))
+        raise ConfigError(
+            f"{whose} has a command that no run has: {command}",
+            f"Each option is one of {allowed}, with its value",
+        )
+    if re.search(r"hf[-_]hub:|local-dir:", command, re.IGNORECASE):
+        raise ConfigError(
+            f"the command of {whose} names weights that anybody may have published: {command}",
+            "Run it yourself if you trust them",
+        )
+    return ["run", *(os.path.expanduser(word) for word in words[1:])]
 
 
 def compared(run: Record, again: Record) -> Verification:

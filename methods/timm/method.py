@@ -6,6 +6,7 @@ Nothing is trained: ``--method timm:NAME`` scores a published encoder by every p
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from mimbench import compat
 from mimbench.encoder import Features, InputSpec
 from mimbench.errors import ConfigError, MimbenchError, UnknownName
 from mimbench.fit import Recipe
+
+LISTED = re.compile(r"\w+(\.[\w.-]+)?", re.ASCII)  # a model of timm's, with the tag of its weights
+HUB = re.compile(r"hf[-_]hub:[\w.-]+/[\w.-]+(@[\w.-]+)?", re.ASCII)  # weights that are not in its list
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def create(config: Config, drop_path: float = 0.0) -> Any:
     import timm
 
     base = config.name.partition(".")[0]
-    if "/" not in config.name and not timm.is_model(base):
+    if not HUB.fullmatch(config.name) and not (LISTED.fullmatch(config.name) and timm.is_model(base)):
         raise UnknownName("timm model", base, timm.list_models())
     options: dict[str, Any] = {"num_classes": 0}
     if drop_path:
