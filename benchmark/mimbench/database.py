@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimbench import config, paths, record, registry, reported, speed, verdict
+from mimbench import config, limits, paths, record, registry, reported, speed, verdict
 from mimbench.environment import Facts
 from mimbench.errors import ResultsError
 from mimbench.record import MethodUsed, ProtocolUsed, Record
@@ -349,29 +350,67 @@ def _content(file: Path) -> str:
 _SEALED = {
     "enable_external_access": "false",  # no other file, database or extension
     "python_enable_replacements": "false",  # no variable of this process as a table
+    "memory_limit": "512MB",
+    "temp_directory": "",  # what does not fit is not written elsewhere
+    "threads": "2",  # each reserves memory of its own
     "lock_configuration": "true",  # and no way to change that
 }
+QUERY_SECONDS = 60.0  # that one may take
+QUERY_ROWS = 100_000  # that are answered
+QUERY_MIB = 1024  # DuckDB's own limit does not count all that it takes
 
 
 def query(sql: str, folder: Path, patience: float = 5.0) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Column names and rows of one select statement, which can neither write nor reach any other file.
 
-    Raises ResultsError with one line that says what is wrong with the statement or the database.
+    Raises ResultsError with one line that says what is wrong with the statement or the database, or that it takes
+    more than ``QUERY_SECONDS``, ``QUERY_ROWS`` or ``QUERY_MIB``.
     """
     import duckdb
 
     connection = _open(folder / NAME, time.monotonic() + patience, _SEALED)
+    alarm = threading.Timer(QUERY_SECONDS, connection.interrupt)
+    alarm.daemon = True
+    alarm.start()
     try:
-        statements = connection.extract_statements(sql)
-        allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-        if len(statements) != 1 or statements[0].type not in allowed:
-            raise ResultsError("a query is one select statement", "The database is for reading only")
-        answer = connection.execute(statements[0])
-        return [column[0] for column in answer.description or ()], answer.fetchall()
+        with limits.memory(QUERY_MIB):
+            return _answer(connection, sql)
+    except ResultsError:
+        raise
+    except duckdb.InterruptException:
+        raise ResultsError(
+            f"the query took longer than {QUERY_SECONDS:.0f} s", f"Open {folder / NAME} with DuckDB itself"
+        ) from None
+    except (duckdb.OutOfMemoryException, MemoryError):
+        raise ResultsError(
+            f"the query needs more than {QUERY_MIB} MiB", f"Open {folder / NAME} with DuckDB itself"
+        ) from None
     except duckdb.Error as fault:
         raise ResultsError(_one_line(fault)) from None
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        ImportError,
+    ) as fault:  # of a value that Python has no form for
+        raise ResultsError(f"the query cannot be answered: {_one_line(fault)}") from None
     finally:
+        alarm.cancel()
         connection.close()
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    import duckdb
+
+    statements = connection.extract_statements(sql)
+    allowed = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+    if len(statements) != 1 or statements[0].type not in allowed:
+        raise ResultsError("a query is one select statement", "The database is for reading only")
+    answer = connection.execute(statements[0])
+    rows = answer.fetchmany(QUERY_ROWS + 1)
+    if len(rows) > QUERY_ROWS:
+        raise ResultsError(f"the query has more than {QUERY_ROWS:,} rows", "Add a limit to it")
+    return [column[0] for column in answer.description or ()], rows
 
 
 def _one_line(fault: Exception) -> str:
