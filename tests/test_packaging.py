@@ -168,17 +168,24 @@ def test_methods_and_protocols_are_found_where_they_lie(installed: Path, tmp_pat
 
 
 def test_what_is_imported_is_required() -> None:
-    imported = set()
+    at_once, later = set(), set()
     for folder in ("benchmark/mimbench", "methods", "protocols"):
         for file in (TOP / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                imported = later if getattr(node, "col_offset", 0) else at_once
                 if isinstance(node, ast.Import):
                     imported |= {alias.name.partition(".")[0] for alias in node.names}
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
                     imported.add(str(node.module).partition(".")[0])
-    foreign = imported - sys.stdlib_module_names - {"mimbench"}
+
+    def foreign(imported: set[str]) -> set[str]:
+        names = imported - sys.stdlib_module_names - {"mimbench"}
+        return {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in names}
+
     required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    assert {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in foreign} <= required
+    extra = {canonicalize_name(Requirement(text).name) for text in PROJECT["optional-dependencies"]["ray"]}
+    assert foreign(at_once) <= required
+    assert foreign(later) <= required | extra
 
 
 def test_constraints_pin_every_requirement_within_its_bounds() -> None:
