@@ -186,12 +186,14 @@ def test_merging_keeps_what_is_not_overruled(base: dict[str, Any], over: dict[st
 
 # to_dict and digest
 
+WHOLE = st.integers(1 - 2**63, 2**63 - 1)
+
 
 @given(
     st.text(),
     st.booleans(),
-    st.none() | st.integers(),
-    st.lists(st.integers()),
+    st.none() | WHOLE,
+    st.lists(WHOLE),
     st.floats(allow_nan=False, allow_infinity=False),
 )
 def test_a_config_survives_its_table(

@@ -152,6 +152,11 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> 
             for name in own
             if name in state and state[name].shape != own[name].shape
         ],
+        "has whole numbers for": [
+            name
+            for name in own
+            if name in state and own[name].is_floating_point() and not state[name].is_floating_point()
+        ],
     }
     if problems := [f"{verb} {_some(names)}" for verb, names in faults.items() if names]:
         raise CheckpointError(f"{file} does not fit the model: it {'; it '.join(problems)}")
@@ -219,9 +224,14 @@ def restore_optimizer(
     state: dict[Tensor, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
-        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
+        misfit = not value.is_floating_point() or (
+            value.ndim and value.shape != parameters.get(name, value).shape
+        )
+        if name not in parameters or misfit:
             raise CheckpointError(f"{file} does not fit the model: its optimizer state has {key}")
         state.setdefault(parameters[name], {})[entry] = value
+    if len({frozenset(entries) for entries in state.values()}) > 1:
+        raise CheckpointError(f"{file} does not fit the model: its optimizer state is not of one optimizer")
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     packed = optimizer.state_dict()
     packed["state"] = {n: state[parameter] for n, parameter in enumerate(order) if parameter in state}

@@ -71,10 +71,12 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         if len(members) != len(value):
             raise ConfigError(f"{path} = {value!r} should have {len(members)} entries")
         return tuple(_coerce(v, m, path) for v, m in zip(value, members, strict=True))
+    if type(value) is int and abs(value) >= 2**63:
+        raise ConfigError(f"{path} is a number of {value.bit_length()} bits, more than the 64 that there are")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is float and isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{path} is not a number")
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} is {'not a number' if math.isnan(value) else 'infinite'}")
     if isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ConfigError(f"{path} = {value!r} should be of type {getattr(kind, '__name__', kind)}")
@@ -120,7 +122,10 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"'{item}' is not of the form key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (
+            ValueError,
+            RecursionError,
+        ):  # it is no TOML, or a number of too many digits, or nested too deep
             value = text.strip()
         table = nested
         *parents, leaf = key.strip().split(".")

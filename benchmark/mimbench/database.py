@@ -357,7 +357,7 @@ _SEALED = {
 }
 QUERY_SECONDS = 60.0  # that one may take
 QUERY_ROWS = 100_000  # that are answered
-QUERY_MIB = 1024  # DuckDB's own limit does not count all that it takes
+QUERY_MIB = 768  # DuckDB's own limit does not count all that it takes
 
 
 def query(sql: str, folder: Path, patience: float = 5.0) -> tuple[list[str], list[tuple[Any, ...]]]:

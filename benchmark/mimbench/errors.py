@@ -66,7 +66,12 @@ def ran_out_of_memory(fault: BaseException) -> bool:
     """Whether an exception says that memory is used up: Python's and NumPy's, torch's on a GPU, its allocator's."""
     if isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError":
         return True  # torch's, which is not imported for its name alone
-    told = ("can't allocate memory", "not enough memory")
+    told = (
+        "can't allocate memory",
+        "not enough memory",
+        "size calculation overflowed",
+        "multiplication overflow",
+    )
     return isinstance(fault, RuntimeError) and any(words in str(fault) for words in told)
 
 

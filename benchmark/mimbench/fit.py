@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from mimbench import checkpoint, config, distributed, machine, seeds
+from mimbench import checkpoint, config, distributed, machine, record, seeds
 from mimbench.data import Batch, InMemory, Split
 from mimbench.errors import (
     CheckpointError,
@@ -30,6 +30,7 @@ from mimbench.errors import (
     MimbenchError,
     NonFiniteLoss,
     OutOfMemory,
+    ResultsError,
     ran_out_of_memory,
 )
 from mimbench.optim import learning_rate, make_optimizer, scaled, set_learning_rates
@@ -662,30 +663,34 @@ class _Training:
                 self.history.warnings.append(f"{fault} Went on from the checkpoint before it.")
                 shutil.rmtree(place)
                 continue
-            self._same_run(state.progress["identity"], place)
+            self._same_run(state.progress.get("identity"), place)
             return place, state
         return None
 
     def _restore(self, place: Path, state: checkpoint.State) -> None:
         warnings = self.history.warnings
-        self.history = History(**state.progress["history"])
+        self.history = _read_history(state.progress, place)
         self.history.warnings += [text for text in warnings if text not in self.history.warnings]
         self.history.resumed += 1
-        self.window = {key: (total, count) for key, (total, count) in state.progress["window"].items()}
+        self.window = _read_window(state.progress, place)
         self.step = state.step
         self.saved = place
         if self.history.parts and self.recipe.accumulate == "auto":
             self._set_parts(self.history.parts)
         checkpoint.load_strictly(self.model, state.weights, place / "model.safetensors")
+        file = place / "trainer.safetensors"
         groups: dict[str, dict[str, Tensor]] = {"optimizer": {}, "average": {}}
         for key, value in state.trainer.items():
             kind, _, rest = key.partition("/")
+            if kind not in groups:
+                raise CheckpointError(f"{file} does not fit the model: it has {key}")
             groups[kind][rest] = value
-        file = place / "trainer.safetensors"
         checkpoint.restore_optimizer(self.model, self.optimizer, groups["optimizer"], file)
         if groups["average"].keys() != self.average.keys():
             raise CheckpointError(f"{file} does not fit the model: it averages other weights")
         for key, value in groups["average"].items():
+            if value.shape != self.average[key].shape:
+                raise CheckpointError(f"{file} does not fit the model: it averages another {key}")
             self.average[key].copy_(value)
 
     def _finish(self) -> None:
@@ -709,18 +714,19 @@ class _Training:
         file = folder / "model.safetensors"
         if distributed.first():
             content = checkpoint.load_json(folder / "history.json")
-            self._same_run(content["identity"], folder)
+            _read_history(content, folder)
+            self._same_run(content.get("identity"), folder)
             weights = checkpoint.load_tensors(file)
             checkpoint.remove_states(folder)  # left when the run was killed at its very end
         content = distributed.share(content)
         checkpoint.load_strictly(self.model, distributed.share_tensors(weights), file)
         self.model.eval()
-        return History(**content["history"])
+        return _read_history(content, folder)
 
-    def _same_run(self, theirs: dict[str, Any], place: Path) -> None:
+    def _same_run(self, theirs: Any, place: Path) -> None:
         if theirs == self.identity:
             return
-        was, now = _flat(theirs), _flat(self.identity)
+        was, now = _flat(theirs if isinstance(theirs, dict) else {}), _flat(self.identity)
         changed = [
             f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
             for key in sorted(was.keys() | now.keys())
@@ -729,6 +735,26 @@ class _Training:
         raise CheckpointError(
             f"{place} holds another run: {'; '.join(changed)}", "Use another folder or delete this one"
         )
+
+
+def _read_history(content: Any, place: Path) -> History:
+    """The history in the JSON beside a training state. Raises CheckpointError for a damaged one."""
+    try:
+        found: History = record.parse(
+            dataclasses.asdict(History()) | content["history"], History, "its history"
+        )
+    except (KeyError, TypeError, ResultsError) as fault:
+        raise CheckpointError(f"{place} is damaged: {fault}", "Delete it to begin anew") from None
+    return found
+
+
+def _read_window(content: dict[str, Any], place: Path) -> dict[str, tuple[float, int]]:
+    """Sums and counts since the last point of the curve. Raises CheckpointError for damaged ones."""
+    try:
+        window = {str(key): (float(total), int(count)) for key, (total, count) in content["window"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise CheckpointError(f"{place} is damaged: {fault!r}", "Delete it to begin anew") from None
+    return window
 
 
 def _resident(split: Split, device: torch.device) -> Split:

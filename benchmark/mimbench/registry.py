@@ -9,18 +9,17 @@ import ast
 import functools
 import hashlib
 import importlib
-import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mimbench import paths
+from mimbench import foreign, paths
 from mimbench.errors import ConfigError, UnknownName
 
 FAMILIES = ("baseline", "published")  # besides those of the catalogue of papers, which are free text
-_SLUG = re.compile(r"[a-z][a-z0-9_]*")
+CARD_MIB = 4  # of a method.toml
 _KEYS: dict[str, type] = {  # of method.toml, besides its presets
     "title": str,
     "family": str,
@@ -75,23 +74,30 @@ class ProtocolCard:
 
 def _read_card(file: Path) -> Card:
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise ConfigError(f"{file} cannot be read: {fault}") from None
+        table = tomllib.loads(foreign.read_text(file, CARD_MIB))
+    except (OSError, ValueError, RecursionError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else fault
+        raise ConfigError(f"{file} cannot be read: {reason}") from None
     slug = file.parent.name
     presets = table.pop("preset", {})
+    if not isinstance(presets, dict) or not foreign.sound(presets):
+        raise ConfigError(f"{file} has a preset that is no table of settings")
     for key, value in table.items():
         if key not in _KEYS:
             raise UnknownName(f"key in {file}", key, _KEYS)
         if type(value) is not _KEYS[key]:
             raise ConfigError(f"{file} has {key} = {value!r}, which should be of type {_KEYS[key].__name__}")
+        if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{file} has {key} = {value!r}, which should be a list of texts")
+    if not 0 <= table.get("year", 0) <= 9999:
+        raise ConfigError(f"{file} has year = {table['year']}")
     for name, preset in presets.items():
         if not isinstance(preset, dict):
             raise ConfigError(f"{file} has preset.{name} = {preset!r}, which should be a table")
     for key in ("title", "family", "protocols"):
         if not table.get(key):
             raise ConfigError(f"{file} has no '{key}'")
-    if not _SLUG.fullmatch(slug):
+    if not foreign.is_name(slug):
         raise ConfigError(f"{file.parent} is not a valid slug", "Use lower-case letters, digits and _")
     for key in ("protocols", "deviations"):
         table[key] = tuple(table.get(key, ()))
@@ -120,13 +126,16 @@ def load_method(slug: str, part: str = "method") -> ModuleType:
 
 
 def _read_protocol(file: Path) -> ProtocolCard:
-    tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
     constants: dict[str, Any] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in ("VERSION", "NEEDS"):
-                constants[name] = ast.literal_eval(node.value)
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if name in ("VERSION", "NEEDS"):
+                    constants[name] = ast.literal_eval(node.value)
+    except (SyntaxError, ValueError) as fault:
+        raise ConfigError(f"{file} cannot be read: {fault}") from None
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
     if "VERSION" not in constants or "NEEDS" not in constants:
         raise ConfigError(f"{file} must state VERSION and NEEDS")
