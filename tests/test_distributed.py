@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -598,6 +600,20 @@ def test_draws_for_own_rows_are_those_of_the_whole_batch() -> None:
     with distributed.DrawnForAll(rows, 6):
         assert torch.rand(2, generator=seeds.generator("cpu", 1)).shape == (2,)
         assert torch.rand(3).shape == (3,)
+
+
+def test_processes_meet_anew_in_a_store_that_remembers_others() -> None:
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(seconds=60))
+    seen = set()
+    for _ in range(3):  # each time the first one comes last, when the others have found the name of before
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(distributed._meeting, store, number, 3) for number in (1, 2)]
+            time.sleep(0.05)
+            name = distributed._meeting(store, 0, 3)
+            assert [other.result(60) for other in others] == [name, name]
+        assert name not in seen
+        seen.add(name)
 
 
 # The command

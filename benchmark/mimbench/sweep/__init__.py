@@ -3,6 +3,7 @@ and where: on this machine (``local``) or on a Ray cluster (``cluster``)."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimbench.sweep.cluster import Cluster
     from mimbench.sweep.plan import Plan
     from mimbench.sweep.schedule import State
 
@@ -59,20 +61,24 @@ def run(
     began = time.monotonic()
     usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Board(plan, logs, quiet=quiet) as board:
-            machines: Any
+        with contextlib.ExitStack() as stack:
+            machines: Cluster | Local
+            warnings = []
             if executor == "ray" and plan.todo:
-                from mimbench.sweep.cluster import Cluster
+                from mimbench.sweep import cluster
 
-                machines = Cluster(plan, logs, address)
-                for warning in machines.warnings():
-                    board.say(f"warning: {warning}")
+                ray = stack.enter_context(cluster.connected(address, logs / "ray.log"))
+                machines = cluster.Cluster(ray, plan, logs)
+                stack.callback(machines.close)
+                warnings = machines.warnings()
             else:
                 machines = Local(plan, logs, workers=workers)
+            board = stack.enter_context(Board(plan, logs, quiet=quiet))
+            for warning in warnings:
+                board.say(f"warning: {warning}")
             try:
                 state = schedule.run(plan, machines, board)
             finally:
-                machines.close()
                 try:
                     database.update(paths.results())
                 except ResultsError as fault:  # the records are safe, and the next update catches up

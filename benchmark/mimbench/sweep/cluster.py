@@ -127,11 +127,24 @@ def unpack(files: Files | None, folder: Path) -> None:
             checkpoint.save_bytes(folder / name, files[name])
 
 
-def connect(address: str | None) -> tuple[Any, bool]:
+@contextlib.contextmanager
+def connected(address: str | None, log: Path) -> Iterator[Any]:
     """Ray, connected to a cluster: at ``address``, at RAY_ADDRESS, one that runs here, or one that is started here.
 
-    Also gives whether this made the connection.
+    What Ray says of lost machines would go to standard output, which is for results; meanwhile it goes to ``log``.
     """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as aside, contextlib.redirect_stdout(aside):
+        ray, ours = _connect(address)
+        try:
+            yield ray
+        finally:
+            if ours:
+                ray.shutdown()
+
+
+def _connect(address: str | None) -> tuple[Any, bool]:
+    """Ray, and whether this made the connection."""
     try:
         import ray
     except ImportError:
@@ -162,16 +175,9 @@ def connect(address: str | None) -> tuple[Any, bool]:
 class Cluster:
     """See ``schedule.Executor``. Ray decides which task runs when and where."""
 
-    def __init__(self, plan: Plan, logs: Path, address: str | None = None) -> None:
-        self.plan, self.logs = plan, logs
-        self.to_close = contextlib.ExitStack()
+    def __init__(self, ray: Any, plan: Plan, logs: Path) -> None:
+        self.ray, self.plan, self.logs = ray, plan, logs
         self.logs.mkdir(parents=True, exist_ok=True)
-        # What Ray says of lost machines goes to standard output, which is for results.
-        aside = self.to_close.enter_context((logs / "ray.log").open("a", encoding="utf-8"))
-        self.to_close.enter_context(contextlib.redirect_stdout(aside))
-        self.ray, ours = connect(address)
-        if ours:
-            self.to_close.callback(self.ray.shutdown)
         self.remote = self.ray.remote(work)
         self.tasks: dict[str, tuple[Task, Any]] = {}
         self.since: dict[str, float] = {}  # when a machine took it up
@@ -181,7 +187,6 @@ class Cluster:
         self.with_gpus = plan.sweep.device == "cuda" or bool(self.ray.cluster_resources().get("GPU"))
         self.sign = f"sweeps/.{secrets.token_hex(8)}.sign"
         checkpoint.save_json(paths.cache() / self.sign, {})
-        self.to_close.callback((paths.cache() / self.sign).unlink, missing_ok=True)
 
     def warnings(self) -> list[str]:
         """What the user should know before: no GPU, or tasks that no machine of now can take."""
@@ -310,5 +315,5 @@ class Cluster:
                 self.ray.cancel(stream)
 
     def close(self) -> None:
-        """Leaves the cluster, where this made the connection."""
-        self.to_close.close()
+        """Removes what it left in the cache."""
+        (paths.cache() / self.sign).unlink(missing_ok=True)

@@ -117,9 +117,6 @@ class Local:
         process.stop([child for _, child, *_ in self.processes.values()])
         self.processes.clear()
 
-    def close(self) -> None:
-        """Nothing is left to do."""
-
 
 def said(code: int, last: str) -> str:
     """Why a task failed: what it said of a wrong setting, or how it ended."""
