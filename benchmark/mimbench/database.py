@@ -647,7 +647,7 @@ def _add_run(rows: _Rows, made: Record) -> None:
         peak_memory=pretrain.peak_memory,
         precision=pretrain.precision,
         compiled=pretrain.compiled,
-        budget=made.config.get("recipe", {}).get("budget"),
+        budget=made.budget,
         compared_by=compared_by(made),
         pretrain_key=pretrain.key,
         setting=record.setting(made),
@@ -682,14 +682,17 @@ def _add_run(rows: _Rows, made: Record) -> None:
     for position, point in enumerate(made.curve):
         logged = {name: value for name, value in point.items() if name != "step"}
         curves["name"] += logged.keys()
-        curves["value"] += logged.values()
-        curves["step"] += [point.get("step", position)] * len(logged)
+        curves["value"] += map(float, logged.values())
+        curves["step"] += [float(point.get("step", position))] * len(logged)
     curves["run"] += [made.id] * (len(curves["name"]) - before)
 
 
 def _fact(facts: Facts, name: str) -> Any:
+    """A fact of an environment, as its column takes it; None where it is of another kind."""
     value = facts.get(name)
-    return str(value) if _FACTS[name] == "VARCHAR" and value is not None else value
+    if _FACTS[name] == "VARCHAR":
+        return None if value is None else str(value)
+    return value if type(value) in ((int,) if _FACTS[name] == "BIGINT" else (int, float)) else None
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, rows: _Rows) -> None:
@@ -713,6 +716,9 @@ def arrow(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> pa.Table:
     """Rows as an Arrow table with ``columns``, each with its type in SQL; what a row lacks is NULL."""
     import pyarrow as pa
 
+    decimals = [name for name, kind in columns.items() if kind == "DOUBLE"]
+    for row in rows:  # Arrow takes no whole number for a decimal that does not hold it exactly
+        row |= {name: float(row[name]) for name in decimals if type(row.get(name)) is int}
     return pa.Table.from_pylist(rows, schema=_schema(columns))
 
 

@@ -82,7 +82,7 @@ def _cells(table: Table, row: Row) -> dict[str, Any]:
             "backbone": row.backbone,
             "pretrain_dataset": row.dataset,
         },
-        "budget": one.config.get("recipe", {}).get("budget"),
+        "budget": one.budget,
         "epochs": row.epochs,
         "images": sum(run.pretrain.images for run in runs) / len(runs),
         "pretrain_seconds": row.seconds,

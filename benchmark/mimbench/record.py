@@ -159,6 +159,13 @@ class Record:
         object.__setattr__(self, "fingerprint", fingerprint(self.protocol, self.data, self.encoder))
 
     @property
+    def budget(self) -> str | None:
+        """What pretraining could take, as ``--budget`` says it; None where its recipe says how many epochs."""
+        recipe = self.config.get("recipe")
+        budget = recipe.get("budget") if isinstance(recipe, dict) else None
+        return budget if isinstance(budget, str) else None
+
+    @property
     def score(self) -> Metric:
         """The metric that ranks."""
         return self.metrics[self.primary]
@@ -213,7 +220,7 @@ def test_selected(record: Record) -> bool:
 
 def setting(record: Record) -> str:
     """A hash that two runs share when they differ by their seed, protocol or evaluation data alone."""
-    pretrain, budget = record.pretrain, record.config.get("recipe", {}).get("budget")
+    pretrain, budget = record.pretrain, record.budget
     return config.digest(
         *("setting", record.method.slug, record.preset, record.backbone, record.config),
         *(pretrain.data_fingerprint, budget or pretrain.epochs),  # seeds get differently far in the same time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html.parser
+import importlib
 import io
 import json
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from unittest import mock
 
 import duckdb
 
-from fuzz import draws, target
+from fuzz import draws, prepared, target
 from mimbench import check, database, explanation, paths, record, registry, report, speed
 from mimbench.errors import MimbenchError
 from mimbench.record import DataUsed, EncoderUsed, ProtocolUsed
 
+pages = importlib.import_module("mimbench.report.pages")  # the package has a function of that name
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "records"
 IDENTITY = ("id", "fingerprint", "schema")
 BY_CLASS = {"accuracy": {"cat": 50.0, "dog": 61.5}, "iou": {"sky": 0.5}}
@@ -75,8 +77,18 @@ def few_methods(folder: Path) -> Iterator[None]:
     with (
         mock.patch.object(registry, "methods", return_value=cards),
         mock.patch.object(paths, "papers", return_value=folder / "no papers"),
+        mock.patch.object(pages, "_environment", return_value=templates()),
     ):
         yield
+
+
+@prepared
+def templates() -> Any:
+    """The report's templates, compiled."""
+    environment = pages._environment()
+    for name in environment.list_templates():
+        environment.get_template(name)
+    return environment
 
 
 @target("record.bytes", 6)

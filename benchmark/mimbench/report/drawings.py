@@ -21,7 +21,7 @@ def charts(runs: Iterable[Record]) -> list[dict[str, Any]]:
     for run in sorted(runs, key=when, reverse=True):
         curve = [(point["step"], point["loss"]) for point in run.curve if point.keys() >= {"step", "loss"}]
         if len(curve) > 1:
-            budget = run.config.get("recipe", {}).get("budget")  # its seeds get differently far
+            budget = run.budget  # its seeds get differently far
             trained = view_name(budget) if budget else effort([run])
             title = (f"{run.preset} preset", run.backbone, run.pretrain.dataset, trained)
             settings.setdefault(title, {}).setdefault(run.seed, curve)

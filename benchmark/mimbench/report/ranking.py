@@ -103,7 +103,7 @@ def tables(records: Iterable[Record], papers: Sequence[reported.Row]) -> list[Ta
 def compared_by(record: Record) -> str:
     """What a row has in common with those it is ranked with: ``epochs`` for a recipe that says how many, a number
     of images, or a time and the machine, as two minutes are not the same on another."""
-    budget = record.config.get("recipe", {}).get("budget")
+    budget = record.budget
     if not budget or str(budget).endswith("img"):
         return str(budget or EPOCHS)
     return f"{budget} on {machine(record)}"

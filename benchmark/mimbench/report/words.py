@@ -90,7 +90,7 @@ def effort(runs: Sequence[Record], seconds: bool = False) -> str:
     epochs, images, time = (
         statistics.mean(getattr(each, name) for each in taken) for name in ("epochs", "images", "seconds")
     )
-    budget = runs[0].config.get("recipe", {}).get("budget")
+    budget = runs[0].budget
     parts = [f"{epochs:.1f} epochs" if budget else f"{epochs:g} epochs"] if epochs else []
     parts += [f"{count(round(images))} images"] if images else []
     parts += [duration(time)] if seconds and time else []
