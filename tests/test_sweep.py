@@ -19,7 +19,7 @@ import filelock
 import pytest
 from rich.console import Console
 
-from mimbench import config, database, paths, progress, record, registry, runner
+from mimbench import checkpoint, config, database, paths, progress, record, registry, runner
 from mimbench.errors import ConfigError, MimbenchError, UnknownName
 from mimbench.sweep import board, cluster, file, local, plan, schedule
 from mimbench.sweep.plan import Plan, Task
@@ -412,6 +412,18 @@ def test_what_another_process_is_at_waits_for_its_turn() -> None:
     state = schedule.run(a_plan(*FAMILY, *OTHERS), machines, Silent(), elsewhere)
     assert machines.begun[0] == "other"
     assert len(state.done) == 6
+
+    # And what it has done by then is not done again.
+    def finishing(asked: Task) -> bool:
+        if asked.id == "teacher":
+            checkpoint.save_json(paths.cache() / "teacher" / "history.json", {})
+        return False
+
+    machines = Machines()
+    state = schedule.run(a_plan(*FAMILY, *OTHERS), machines, Silent(), finishing)
+    assert state.found == {"teacher"}
+    assert set(machines.begun) == set(state.done) == {"student", "first", "second", "other", "third"}
+    assert "1 more by other processes" in board.summary(state, 1.0, Path())[0]
 
 
 def test_a_lock_of_another_process_is_seen() -> None:

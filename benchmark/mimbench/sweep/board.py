@@ -65,7 +65,7 @@ class Board:
 
     def show(self, state: State) -> None:
         """Redraws the table, or keeps what the next line needs."""
-        self.settled = len(state.done) + len(state.failed) + len(state.blocked)
+        self.settled = sum(map(len, (state.done, state.found, state.failed, state.blocked)))
         self.left = state.seconds_left()
         if self.live is not None:
             self.live.update(self.table(state))
@@ -78,7 +78,7 @@ class Board:
         tasks = self.plan.tasks
         for group in groups(self.plan):
             parts = (
-                state.done,
+                [*state.done, *state.found],
                 state.running,
                 [*state.waiting, *(name for name in state.started if name not in state.running)],
                 [*state.failed, *state.blocked],
@@ -121,6 +121,8 @@ def summary(state: State, seconds: float, logs: Path) -> list[str]:
     tasks = state.plan.tasks
     recorded = sum(tasks[name].kind == "evaluate" for name in state.done)
     head = f"{recorded} records and {len(state.done) - recorded} pretrainings in {duration(seconds)}"
+    if state.found:
+        head += f", {len(state.found)} more by other processes"
     if state.repeated:
         head += f"; {state.repeated} times a task crashed and was repeated"
     lines = [f"{head}."]
@@ -147,6 +149,7 @@ def content(state: State, seconds: float) -> dict[str, Any]:
         "done": [
             {"id": name, "task": tasks[name].label, "seconds": taken} for name, taken in state.done.items()
         ],
+        "found": [{"id": name, "task": tasks[name].label} for name in sorted(state.found)],
         "failed": [
             {"id": name, "task": tasks[name].label, "why": why, "command": tasks[name].command}
             for name, why in state.failed.items()

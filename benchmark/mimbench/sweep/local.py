@@ -7,12 +7,12 @@ import subprocess
 import time
 from pathlib import Path
 
-from mimbench import paths, runner
+from mimbench import runner
 from mimbench.environment import environment
 from mimbench.errors import ConfigError
 from mimbench.sweep import task as process
 from mimbench.sweep.file import Resources, Sweep
-from mimbench.sweep.plan import Plan, Task
+from mimbench.sweep.plan import Plan, Task, written
 from mimbench.sweep.schedule import USER_ERROR, Ended, Running
 
 
@@ -128,12 +128,9 @@ def said(code: int, last: str) -> str:
 
 def left_nothing(task: Task) -> str:
     """What is wrong where a task ended well and yet what it should leave is not there, or ""."""
-    if task.kind == "pretrain":
-        there = (paths.cache() / task.place / "history.json").is_file()
-    else:
-        there = (paths.results() / task.place).is_file()
     what = "weights" if task.kind == "pretrain" else "record"
-    return "" if there else f"no {what} under the name that was planned: has code changed since? Start again"
+    missing = f"no {what} under the name that was planned: has code changed since? Start again"
+    return "" if written(task) else missing
 
 
 def visible_gpus() -> list[str]:

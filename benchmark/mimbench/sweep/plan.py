@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mimbench import data, paths, registry, runner
@@ -52,6 +52,9 @@ class Plan:
     tasks: dict[str, Task]  # by id, in an order in which they can be done
     todo: list[str]
     left_out: list[LeftOut]
+    before: dict[str, int] = field(
+        default_factory=dict
+    )  # when the records were written that are to be replaced
 
     def count(self, kind: str, todo: bool) -> int:
         """How many tasks of a kind there are, left to do or in all."""
@@ -125,7 +128,18 @@ def plan(
     # One seed of everything first: what is complete early says most.
     order = sorted(found.values(), key=lambda task: task.seed)
     todo = [task.id for task in order if task.id in wanted and task.id not in done]
-    return Plan(sweep, {task.id: task for task in order}, todo, list(left_out))
+    made = Plan(sweep, {task.id: task for task in order}, todo, list(left_out))
+    made.before = {name: written(made.tasks[name]) for name in todo}
+    return made
+
+
+def written(task: Task) -> int:
+    """When what a task leaves was written, in nanoseconds; 0 where it is not there."""
+    folder = paths.cache() / task.place if task.kind == "pretrain" else paths.results()
+    try:
+        return (folder / ("history.json" if task.kind == "pretrain" else task.place)).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _by(protocol: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from mimbench import paths, runner
-from mimbench.sweep.plan import Plan, Task
+from mimbench.sweep.plan import Plan, Task, written
 
 USER_ERROR = 2  # exit code of a command that was asked for what cannot be: repeating it changes nothing
 PAUSE = 0.5  # seconds between looks at what runs
@@ -76,6 +76,7 @@ class State:
     waiting: dict[str, Task]
     started: set[str] = field(default_factory=set)  # handed to the executor and not ended
     running: dict[str, Running] = field(default_factory=dict)  # of those, the ones that run
+    found: set[str] = field(default_factory=set)  # that another process has done meanwhile
     done: dict[str, float] = field(default_factory=dict)  # and the seconds it took
     failed: dict[str, str] = field(default_factory=dict)  # and why
     blocked: dict[str, str] = field(default_factory=dict)  # and the task that failed before
@@ -108,8 +109,8 @@ def run(
 ) -> State:
     """Does all that a plan has left to do and says how it ended.
 
-    ``elsewhere`` tells whether another process is at a task; such tasks wait for their turn. On Ctrl-C what runs is
-    stopped before KeyboardInterrupt goes on.
+    ``elsewhere`` tells whether another process is at a task; such tasks wait for their turn, and are not started when
+    they are done by then. On Ctrl-C what runs is stopped before KeyboardInterrupt goes on.
     """
     elsewhere = elsewhere or at_work_elsewhere
     sweep = plan.sweep
@@ -129,6 +130,9 @@ def run(
             while (task := _next(ready, state, executor, elsewhere)) is not None:
                 ready.remove(task)
                 del state.waiting[task.id]
+                if written(task) != plan.before.get(task.id, 0):
+                    state.found.add(task.id)
+                    continue
                 state.started.add(task.id)
                 executor.start(task)
             _look(state, executor, board)
