@@ -83,6 +83,8 @@ def planned(tmp_path: Path, text: str, **options: Any) -> Plan:
         ("[[runs]]\nseeds = '3'", ConfigError, "runs 1.seeds = '3' does not fit"),
         ("[[runs]]\neval_dataset.segmentaton = 'camvid'", UnknownName, "segmentation"),
         ("name = '../up'\n[[runs]]", ConfigError, "It names a folder"),
+        ("[[runs]]\ncpu.seed = 3", UnknownName, "unknown key of runs 1.cpu 'seed'. Did you mean seeds"),
+        ("[[runs]]\ncuda = 3", ConfigError, "runs 1.cuda = 3 should be a table"),
         ("device = 'tpu'\n[[runs]]", ConfigError, "not one of auto, cpu and cuda"),
         ("retries = -1\n[[runs]]", ConfigError, "sweep.retries = -1 should be 0 or more"),
         ("name = 'nothing'", ConfigError, r"has no \[\[runs\]\]"),
@@ -94,6 +96,45 @@ def planned(tmp_path: Path, text: str, **options: Any) -> Plan:
 def test_a_file_is_read_strictly(text: str, fault: type[MimbenchError], message: str, tmp_path: Path) -> None:
     with pytest.raises(fault, match=message):
         file.read(written(tmp_path, text))
+
+
+def test_one_file_for_a_gpu_and_for_processors(tmp_path: Path) -> None:
+    place = written(
+        tmp_path,
+        """
+        [defaults]
+        methods = ["mae"]
+        set.mask_ratio = 0.5
+        [defaults.cuda]
+        preset = "cifar"
+        [defaults.cpu]
+        preset = "laptop"
+        budget = "100img"
+        set.recipe.precision = "bf16"
+        [[runs]]
+        seeds = 3
+        budget = "900img"
+        cpu.seeds = 1
+        per_method.mae.cuda.budget = "7m"
+        [[runs]]
+        preset = "smoke"
+        cpu.preset = "paper"
+        """,
+    )
+    small = file.read(place, "cpu").runs
+    assert [(runs.preset, runs.budget, runs.seeds) for runs in small] == [
+        ("laptop", "900img", 1),
+        ("paper", "100img", 1),
+    ]
+    assert small[0].set == {"mask_ratio": 0.5, "recipe": {"precision": "bf16"}}
+    assert small[0].per_method == {"mae": {}}
+    large = file.read(place, "cuda").runs
+    assert [(runs.preset, runs.budget, runs.seeds) for runs in large] == [
+        ("cifar", "900img", 3),
+        ("smoke", None, 1),
+    ]
+    assert large[0].set == {"mask_ratio": 0.5}
+    assert large[0].per_method == {"mae": {"budget": "7m"}}
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

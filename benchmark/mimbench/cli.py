@@ -350,6 +350,9 @@ def sweep(
         typer.Option(help="The Ray cluster; by default RAY_ADDRESS, the one that runs here, or a new one."),
     ] = None,
     budget: Budget = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu or cuda, instead of what the file says.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and do nothing.")] = False,
     force: Force = False,
     logs: Annotated[Path | None, typer.Option(help="Where tasks log; by default in the cache.")] = None,
@@ -369,7 +372,7 @@ def sweep(
             "--workers is for the executor local", "Ray's machines say themselves how much they take"
         )
     progress = Progress(quiet=quiet)
-    plan = planning.plan(sweeps.read(file), progress, force=force, budget=budget)
+    plan = planning.plan(sweeps.read(file, device), progress, force=force, budget=budget)
     if dry_run:
         if as_json:
             _print_json(planning.content(plan))

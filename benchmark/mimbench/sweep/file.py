@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mimbench import config, registry
+from mimbench import config, registry, runner
 from mimbench.errors import ConfigError, UnknownName
 
 ALL = "all"
+DEVICES = ("cpu", "cuda")  # a table of defaults or runs may have one for each, with what is different there
 KINDS = ("pretrain", "evaluate")  # of tasks; a protocol's name is an evaluation with resources of its own
 
 
@@ -96,8 +97,12 @@ class LeftOut:
     reason: str
 
 
-def read(file: Path) -> Sweep:
-    """The sweep in a file. Raises UnknownName and ConfigError that name the table."""
+def read(file: Path, device: str | None = None) -> Sweep:
+    """The sweep in a file. Raises UnknownName and ConfigError that name the table.
+
+    ``device`` replaces that of the file. What stands in a ``cuda`` or a ``cpu`` table of ``defaults``, ``[[runs]]`` or
+    a method counts, on that device, before what stands beside it: one file serves a GPU and, smaller, a laptop.
+    """
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as fault:
@@ -108,19 +113,23 @@ def read(file: Path) -> Sweep:
     for key in table:
         if key not in allowed:
             raise UnknownName(f"key in {file.name}", key, allowed)
-    defaults = _table(table.pop("defaults", {}), "defaults")
+    table |= {} if device is None else {"device": device}
+    device = table.get("device", Sweep.device)
+    if device not in ("auto", *DEVICES):
+        raise ConfigError(f"device = {device!r} is not one of auto, cpu and cuda")
+    kind = runner.choose_device("auto").type if device == "auto" else device
+    defaults = _for_device(_table(table.pop("defaults", {}), "defaults"), kind, "defaults")
     blocks = table.pop("runs", [])
     if not isinstance(blocks, list) or not blocks:
         raise ConfigError(f"{file.name} has no [[runs]]", "Write at least one")
     runs = tuple(
-        _runs(_table(block, f"runs {n}"), defaults, f"runs {n}") for n, block in enumerate(blocks, 1)
+        _runs(_for_device(_table(block, f"runs {n}"), kind, f"runs {n}"), defaults, f"runs {n}")
+        for n, block in enumerate(blocks, 1)
     )
     resources = _resources(_table(table.pop("resources", {}), "resources"))
     plain = Sweep(table.pop("name", file.stem), runs, resources)
     sweep = config.override(plain, table)
     config.check(sweep, "sweep", not_negative=("retries", "backoff"))
-    if sweep.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device = '{sweep.device}' is not one of auto, cpu and cuda")
     if not isinstance(sweep.name, str) or not sweep.name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"name = {sweep.name!r} should be of letters, digits, - and _", "It names a folder")
     return sweep
@@ -130,6 +139,34 @@ def _table(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{where} = {value!r:.60} should be a table")
     return value
+
+
+def _for_device(table: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """A table without its tables for devices, of which it takes over one."""
+    own = {device: _table(table.get(device, {}), f"{where}.{device}") for device in DEVICES}
+    rest = {key: value for key, value in table.items() if key not in DEVICES}
+    if "per_method" in rest:
+        exceptions = _table(rest["per_method"], f"{where}.per_method")
+        rest["per_method"] = {
+            name: _for_device(_table(values, place := f"{where}.per_method.{name}"), kind, place)
+            for name, values in exceptions.items()
+        }
+    known = typing.get_type_hints(Runs)
+    for device, values in own.items():
+        for key in values:
+            if key not in known:
+                raise UnknownName(f"key of {where}.{device}", key, known)
+    return _over(rest, own[kind], where, f"{where}.{kind}")
+
+
+def _over(below: dict[str, Any], above: dict[str, Any], *where: str) -> dict[str, Any]:
+    """Two tables as one, in which the second's values count; tables of settings are merged."""
+    together = below | above
+    for key in TABLES:
+        if key in below and key in above:
+            both = _table(below[key], f"{where[0]}.{key}"), _table(above[key], f"{where[1]}.{key}")
+            together[key] = config.merge(*both)
+    return together
 
 
 def _resources(table: dict[str, Any]) -> dict[str, Resources]:
@@ -148,11 +185,7 @@ def _runs(table: dict[str, Any], defaults: dict[str, Any], where: str) -> Runs:
         for key in source:
             if key not in hints:
                 raise UnknownName(f"key of {place}", key, hints)
-    together = defaults | table
-    for key in TABLES:
-        if key in defaults and key in table:
-            both = _table(defaults[key], f"defaults.{key}"), _table(table[key], f"{where}.{key}")
-            together[key] = config.merge(*both)
+    together = _over(defaults, table, "defaults", where)
     runs = config.build(Runs, together, where)
     for name, values in runs.per_method.items():
         registry.method(name.partition(":")[0])
