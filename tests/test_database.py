@@ -78,6 +78,16 @@ def test_every_part_of_a_record_is_in_its_table(folder: Path) -> None:
     ]
 
 
+def test_facts_of_another_kind_than_their_column_are_left_out(folder: Path) -> None:
+    odd = make_record(
+        git={"commit": 1.5, "dirty": "yes"}, environment={"torch": 2.13, "cores": "two", "memory_gib": True}
+    )
+    record.write(odd, folder)
+    assert database.update(folder) == []
+    assert ask(folder, "SELECT commit, dirty FROM runs") == [(None, None)]
+    assert ask(folder, "SELECT torch, cores, memory_gib FROM environments") == [("2.13", None, None)]
+
+
 def _content(folder: Path) -> list[Any]:
     tables = ("runs", "metrics", "curves", "environments", "papers", "reported")
     return [ask(folder, f"SELECT * FROM {table} ORDER BY ALL") for table in tables]

@@ -91,6 +91,12 @@ def planned(tmp_path: Path, text: str, **options: Any) -> Plan:
         ("runs = 3", ConfigError, r"has no \[\[runs\]\]"),
         ("runs = [3]", ConfigError, "runs 1 = 3 should be a table"),
         ("[[runs]", ConfigError, "is no TOML"),
+        ("[[runs]]\nset.x = " + "[" * 3000, ConfigError, "nested too deep"),
+        ("[[runs]]\nset.x = " + "[" * 200 + "]" * 200, ConfigError, "nested too deep"),
+        ("[[runs]]\nset.x = " + "1" * 5000, ConfigError, "is no TOML"),
+        ("[[runs]]\nseeds = 1000000000", ConfigError, "asks for 1,000,000,000 combinations"),
+        ("[[runs]]\nseeds = 2\ngrid = { x = [1], y = [" + "1," * 501 + "] }", ConfigError, "1,002 comb"),
+        (f"name = '{'x' * 300}'\n[[runs]]", ConfigError, "at most 80 letters"),
     ],
 )
 def test_a_file_is_read_strictly(text: str, fault: type[MimbenchError], message: str, tmp_path: Path) -> None:
@@ -443,37 +449,48 @@ def test_ctrl_c_stops_what_runs() -> None:
 
 
 def test_what_another_process_is_at_waits_for_its_turn() -> None:
-    waits = {"teacher": 3}
+    class Busy(schedule.Claims):
+        def __init__(self, looks: int, then: Callable[[], object] = lambda: None) -> None:
+            super().__init__()
+            self.looks, self.then = looks, then
 
-    def elsewhere(asked: Task) -> bool:
-        waits[asked.id] = waits.get(asked.id, 0) - 1
-        return waits[asked.id] >= 0
+        def take(self, asked: Task) -> bool:
+            if asked.id == "teacher":
+                self.looks -= 1
+                if not self.looks:
+                    self.then()
+                if self.looks > 0:
+                    return False
+            return super().take(asked)
 
-    machines = Machines()
-    state = schedule.run(a_plan(*FAMILY, *OTHERS), machines, Silent(), elsewhere)
+    machines, claims = Machines(), Busy(4)
+    state = schedule.run(a_plan(*FAMILY, *OTHERS), machines, Silent(), claims)
     assert machines.begun[0] == "other"
     assert len(state.done) == 6
+    assert not claims.held
 
     # And what it has done by then is not done again.
-    def finishing(asked: Task) -> bool:
-        if asked.id == "teacher":
-            checkpoint.save_json(paths.cache() / "teacher" / "history.json", {})
-        return False
-
     machines = Machines()
-    state = schedule.run(a_plan(*FAMILY, *OTHERS), machines, Silent(), finishing)
+    claims = Busy(1, lambda: checkpoint.save_json(paths.cache() / "teacher" / "history.json", {}))
+    state = schedule.run(a_plan(*FAMILY, *OTHERS), machines, Silent(), claims)
+    assert not claims.held
     assert state.found == {"teacher"}
     assert set(machines.begun) == set(state.done) == {"student", "first", "second", "other", "third"}
     assert "1 more by other processes" in board.summary(state, 1.0, Path())[0]
 
 
-def test_a_lock_of_another_process_is_seen() -> None:
+def test_only_one_of_several_sweeps_takes_a_task() -> None:
     asked = task("weights", kind="pretrain")
-    assert not schedule.at_work_elsewhere(asked)
+    first, second, ray = schedule.Claims(), schedule.Claims(), schedule.Claims(hold=False)
     paths.cache().mkdir(parents=True)
-    with filelock.FileLock(paths.cache() / "weights.lock"):
-        assert schedule.at_work_elsewhere(asked)
-    assert not schedule.at_work_elsewhere(asked)
+    with filelock.FileLock(paths.cache() / "weights.lock"):  # a run that is no sweep
+        assert not any(claims.take(asked) for claims in (first, ray))
+    assert ray.take(asked)
+    assert first.take(asked)
+    assert not second.take(asked)
+    assert second.take(task("others", kind="pretrain"))
+    first.leave(asked)
+    assert second.take(asked)
 
 
 def test_the_time_left_is_that_of_tasks_of_the_same_kind() -> None:
@@ -693,19 +710,31 @@ def test_a_sweep_survives_a_killed_task_and_a_wrong_setting_and_goes_on(tmp_path
 
 
 @linux
-def test_ctrl_c_and_sigkill_leave_state_and_no_process_and_the_next_call_goes_on(
-    tmp_path: Path, start: Start
+def test_a_sweep_that_is_stopped_or_killed_goes_on_and_ends_as_an_undisturbed_one(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = written(tmp_path, OF_MAE.replace(', "linear"]', "]"), epochs=12)
+    from test_cli import call
 
-    def saved() -> list[Path]:
-        return [*paths.cache().glob("pretrain/mae/*/step-*")]
+    place = written(tmp_path, OF_MAE, epochs=20)
+    pretraining, *evaluations = plan.plan(file.read(place), progress.quiet()).tasks.values()
 
-    for how, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -9)):
-        sweep = start(f"sweep {place}")
-        before = {*saved()}
-        deadline = time.monotonic() + 120
-        while len({*saved()} - before) < 2:
+    def saved() -> set[Path]:
+        return {*paths.cache().glob("pretrain/mae/*/step-*")}
+
+    def begun(*tasks: Task) -> int:
+        logs = [paths.cache() / "sweeps" / "tiny" / each.log for each in tasks]
+        return sum(log.read_text().count("$ mimbench") for log in logs if log.is_file())
+
+    moments: list[tuple[signal.Signals, int, Callable[[set[Path]], bool]]] = [
+        (signal.SIGTERM, 130, lambda before: bool(saved() - before)),
+        (signal.SIGKILL, -9, lambda before: bool(saved() - before)),
+        (signal.SIGKILL, -9, lambda before: begun(*evaluations) == 2),  # so the first is recorded
+    ]
+    for how, code, now in moments:
+        sweep = start(f"sweep {place} --workers 1")
+        before = saved()
+        deadline = time.monotonic() + 300
+        while not now(before):
             assert sweep.poll() is None, sweep.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -716,18 +745,50 @@ def test_ctrl_c_and_sigkill_leave_state_and_no_process_and_the_next_call_goes_on
         if code == 130:
             assert err.splitlines()[-1].startswith("error: interrupted. What was finished is recorded")
             assert not tasks_of(sweep.pid)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while tasks_of(sweep.pid):  # they see that their sweep is gone
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert saved()
-        assert not ids()
-    sweep = start(f"sweep {place}")
-    out, err = sweep.communicate(timeout=180)
+        assert saved() or ids()
+    (early,) = record.files(paths.results())
+    content = early.read_bytes()
+    sweep = start(f"sweep {place} --json")
+    out, err = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, err
-    (made,) = ids().values()
-    assert made.pretrain.resumed == 2
-    assert "1 records and 1 pretrainings in " in out
+    assert json.loads(out)["already"] == {"pretrain": 1, "evaluate": 1}
+    found = ids()
+    assert early.read_bytes() == content
+    assert (begun(pretraining), begun(*evaluations)) == (3, 3)
+    assert {(made.pretrain.resumed, made.test_reads) for made in found.values()} == {(2, 1)}
+
+    monkeypatch.setenv("MIMBENCH_CACHE", str(tmp_path / "undisturbed"))
+    monkeypatch.setenv("MIMBENCH_RESULTS", str(tmp_path / "undisturbed" / "results"))
+    for each in (pretraining, *evaluations):
+        assert call(shlex.join(each.words), capsys.readouterr).code == 0
+    undisturbed = ids()
+    assert {name: made.metrics for name, made in undisturbed.items()} == {
+        name: made.metrics for name, made in found.items()
+    }
+    assert {made.pretrain.resumed for made in undisturbed.values()} == {0}
+
+
+@linux
+def test_two_sweeps_that_begin_together_share_the_work(tmp_path: Path, start: Start) -> None:
+    place = written(tmp_path, QUICK.replace(', "linear"]', "]") + TINY)
+    both = [start(f"sweep {place} --json --workers 1 --logs {tmp_path / str(n)}") for n in range(2)]
+    done = []
+    for sweep in both:
+        out, err = sweep.communicate(timeout=300)
+        assert sweep.returncode == 0, err
+        done.append({each["id"] for each in json.loads(out)["done"]})
+    assert not done[0] & done[1]
+    assert done[0]
+    assert done[1]
+    assert len(done[0] | done[1]) == 4
+    assert {made.test_reads for made in ids().values()} == {1}
+    logs = [log.read_text() for log in tmp_path.glob("[01]/*.log")]
+    assert len(logs) == 4
+    assert not any("another process" in text for text in logs)
 
 
 def test_a_dry_run_says_what_would_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -873,6 +934,7 @@ def test_a_cluster_loses_a_machine_and_no_record(
 ) -> None:
     pytest.importorskip("ray", reason="the executor ray needs Ray: pip install 'mimbench[ray]'")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or tasks starve where other programs run
     from ray.cluster_utils import Cluster
 
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))  # caches of machines
@@ -892,12 +954,22 @@ def test_a_cluster_loses_a_machine_and_no_record(
 
     try:
         victim = machines.add_node(**machine(two, 1))
-        running = sweep(QUICK.replace(', "linear"]', "]") + TINY)
-        deadline = time.monotonic() + 120
-        while not tasks_of_machine(two):
-            assert running.poll() is None, running.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        text = QUICK.replace(', "linear"]', "]") + TINY
+        for stop in (True, False):
+            running = sweep(text)
+            deadline = time.monotonic() + 120
+            while not tasks_of_machine(two):
+                assert running.poll() is None, running.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            if stop:
+                running.terminate()
+                _, err = running.communicate(timeout=120)
+                assert running.returncode == 130
+                assert err.splitlines()[-1].startswith("error: interrupted. What was finished is recorded")
+                while tasks_of_machine(one) + tasks_of_machine(two):
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
         machines.remove_node(victim, allow_graceful=False)  # SIGKILL
         out, err = running.communicate(timeout=300)
         assert running.returncode == 0, err
@@ -907,6 +979,7 @@ def test_a_cluster_loses_a_machine_and_no_record(
         assert (len(ended["done"]), ended["failed"]) == (4, [])
         first = ids()
         assert {made.method.slug for made in first.values()} == {"mae", "random_init"}
+        assert {made.test_reads for made in first.values()} == {1}
         assert not tasks_of_machine(two)
         # Weights came with the results, and records are where the sweep runs, not where the tasks did.
         assert ready(paths.cache()) == ready(one) == {made.pretrain.key for made in first.values()}

@@ -663,8 +663,8 @@ def _add_run(rows: _Rows, made: Record) -> None:
         protocol_version=protocol.version,
         method_code=made.method.code_hash,
         protocol_code=protocol.code_hash,
-        commit=made.git.get("commit"),
-        dirty=made.git.get("dirty"),
+        commit=_of(str, made.git.get("commit")),
+        dirty=_of(bool, made.git.get("dirty")),
         test_reads=made.test_reads,
         test_selected=record.test_selected(made),
         environment=environment,
@@ -685,6 +685,11 @@ def _add_run(rows: _Rows, made: Record) -> None:
         curves["value"] += map(float, logged.values())
         curves["step"] += [float(point.get("step", position))] * len(logged)
     curves["run"] += [made.id] * (len(curves["name"]) - before)
+
+
+def _of(kind: type, value: Any) -> Any:
+    """A fact of the one kind that its column takes; None where it is of another."""
+    return value if type(value) is kind else None
 
 
 def _fact(facts: Facts, name: str) -> Any:

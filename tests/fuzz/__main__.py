@@ -1,7 +1,8 @@
 """Gives each input a process of its own with limits, and reports every input that mimbench does not stand.
 
-PYTHONPATH=tests python -m fuzz --inputs 2400
-PYTHONPATH=tests python -m fuzz --only images.decode --number 17 --keep /tmp/input
+make fuzz
+PYTHONPATH=tests .venv/bin/python -m fuzz --inputs 200 --only images --seed 1
+PYTHONPATH=tests .venv/bin/python -m fuzz --only images.decode --number 17 --keep /tmp/input
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import resource
 import select
@@ -20,7 +22,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from fuzz import PREPARED, Target, every_target, generator, plan
 from mimbench.compat import torchvision
 
 MEMORY = 1024  # MiB that one input may take above what the process has before
-SECONDS = 30.0  # that one input may take; a busy machine needs --seconds
+SECONDS = 30.0  # of the processor that one input may take
+PATIENCE = 10  # times as long it may take by the clock, on a machine that does other work as well
 MIB = 2**20
 
 
@@ -42,7 +44,7 @@ class Outcome:
     number: int
     fault: str  # empty where all is well
     refused: bool  # whether mimbench raised an error of its own
-    seconds: float
+    seconds: float  # of the processor
     memory: float  # MiB above what the process had before
 
 
@@ -67,27 +69,25 @@ def _child(
     function: Target, name: str, number: int, options: argparse.Namespace, folder: Path, pipe: int
 ) -> None:
     """In the new process: sets the limits, runs, and writes what came of it into the pipe."""
-    space = (
-        _pages(0) * resource.getpagesize() + (3 * options.memory + 1024) * MIB
-    )  # threads reserve more than they use
+    os.setsid()  # so that what it starts ends with it
+    # Threads reserve more than they use.
+    space = _pages(0) * resource.getpagesize() + (3 * options.memory + 1024) * MIB
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    silence = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY)
+    most = math.ceil(options.seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
+    silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     known = set(sys.modules)
-    answer: dict[str, Any] = {
-        "fault": "",
-        "refused": False,
-        "before": _pages(1) * resource.getpagesize() / MIB,
-    }
+    answer: dict[str, Any] = {"fault": "", "refused": False}
+    answer["before"] = _pages(1) * resource.getpagesize() / MIB
     try:
         answer["refused"] = feed(function, name, number, options.seed, folder)
     except BaseException as fault:
         answer["fault"] = "".join(traceback.format_exception(fault))[-3000:]
-    answer["imported"] = [
-        name for name in sys.modules if name not in known and sys.modules[name] is not None
-    ][:1000]
+    imported = [name for name in sys.modules if name not in known and sys.modules[name] is not None]
+    answer["imported"] = imported[:1000]
     with contextlib.suppress(OSError), os.fdopen(pipe, "wb") as stream:
         stream.write(json.dumps(answer).encode())
     os._exit(0)
@@ -97,39 +97,49 @@ def try_one(function: Target, name: str, number: int, options: argparse.Namespac
     """Feeds one input to a process of its own and waits for it, but not too long."""
     folder.mkdir(parents=True)
     reading, writing = os.pipe()
-    began = time.monotonic()
     child = os.fork()
     if child == 0:
         os.close(reading)
         _child(function, name, number, options, folder, writing)
     os.close(writing)
-    late, said = False, b""
-    while True:
-        ready, _, _ = select.select([reading], [], [], max(0.0, began + options.seconds - time.monotonic()))
-        if not ready:
-            late = True
-            os.kill(child, signal.SIGKILL)
-        part = os.read(reading, 2**16)
-        if not part:
-            break
-        said += part
-    _, status, used = os.wait4(child, 0)
-    taken = time.monotonic() - began
-    os.close(reading)
+    try:
+        said, late = _answer(reading, time.monotonic() + PATIENCE * options.seconds)
+    finally:
+        os.close(reading)
+        for end in (os.killpg, os.kill):  # all that it started, and itself where it has no group yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end(child, signal.SIGKILL)
+        _, status, used = os.wait4(child, 0)
+    ended = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else "itself"
     try:
         answer = json.loads(said)
     except ValueError:
-        answer = {"fault": f"the process died: status {status}", "refused": False, "before": 0}
+        answer = {"fault": f"the process was ended by {ended}", "refused": False, "before": 0}
     memory = used.ru_maxrss / 1024 - answer["before"]
     for module in answer.get("imported", ()):  # so that the next process need not
         with contextlib.suppress(Exception):
             importlib.import_module(module)
     fault = str(answer["fault"])
     if late:
-        fault = f"no answer after {options.seconds:.0f} s"
+        fault = f"no answer after {PATIENCE * options.seconds:.0f} s"
+    elif ended == "SIGXCPU":
+        fault = f"no answer after {options.seconds:.0f} s of the processor"
     elif not fault and memory > options.memory:
         fault = f"it took {memory:.0f} MiB, {options.memory} are allowed"
-    return Outcome(name, number, fault, bool(answer["refused"]), taken, memory)
+    return Outcome(name, number, fault, bool(answer["refused"]), used.ru_utime + used.ru_stime, memory)
+
+
+def _answer(pipe: int, deadline: float) -> tuple[bytes, bool]:
+    """What comes out of a pipe until it is closed, and whether that took too long."""
+    said = b""
+    while True:
+        ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return said, True
+        part = os.read(pipe, 2**16)
+        if not part:
+            return said, False
+        said += part
 
 
 def _pages(column: int) -> int:
@@ -152,21 +162,28 @@ def main() -> None:
     parser.add_argument("--memory", type=int, default=MEMORY, help=f"MiB for one input (default {MEMORY})")
     parser.add_argument("--keep", type=Path, help="a folder for the inputs that fail")
     options = parser.parse_args()
-    pairs = plan(options.inputs, options.only)
-    if options.number is not None:
-        pairs = [(name, options.number) for name in every_target() if name == options.only]
+    names = [name for name in every_target() if name.startswith(options.only)]
+    if not names:
+        parser.error(f"no target begins with {options.only}; there are {', '.join(every_target())}")
+    if options.number is None:
+        pairs = plan(options.inputs, options.only)
+    elif options.only in names:
+        pairs = [(options.only, options.number)]
+    else:
+        parser.error("--number belongs to one target: give its whole name as --only")
     sys.exit(run(pairs, options))
 
 
 def run(pairs: list[tuple[str, int]], options: argparse.Namespace) -> int:
-    """Tries all inputs, prints what fails and a summary; 1 when anything did."""
+    """Tries all inputs, or those until Ctrl-C, prints what fails and a summary; 1 when anything did."""
     targets = every_target()
     torchvision()
     for prepare in PREPARED:
         prepare()
     outcomes: list[Outcome] = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mimbench-fuzz-") as top:
+    stop = contextlib.suppress(KeyboardInterrupt)
+    with stop, tempfile.TemporaryDirectory(prefix="mimbench-fuzz-") as top:
         for name, number in pairs:
             folder = Path(top) / f"{name}-{number}"
             outcomes.append(try_one(targets[name], name, number, options, folder))
@@ -178,24 +195,23 @@ def run(pairs: list[tuple[str, int]], options: argparse.Namespace) -> int:
                 if options.keep:
                     shutil.copytree(folder, options.keep / folder.name, symlinks=True, dirs_exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
-    print(summary(outcomes, time.monotonic() - began))
+    if len(outcomes) < len(pairs):
+        print(f"stopped before {len(pairs) - len(outcomes)} inputs more")
+    print(summary(outcomes, time.monotonic() - began) if outcomes else "no input was tried")
     return int(any(outcome.fault for outcome in outcomes))
 
 
 def summary(outcomes: list[Outcome], seconds: float) -> str:
     """A line a target, and one of all."""
-    lines = []
-    tried = Counter(outcome.name for outcome in outcomes)
-    for name in tried:
-        own = [outcome for outcome in outcomes if outcome.name == name]
-        refused, failed = sum(o.refused for o in own), sum(bool(o.fault) for o in own)
-        worst = f"{max(o.memory for o in own):.0f} MiB, {max(o.seconds for o in own):.1f} s"
-        lines.append(
-            f"{name:20} {len(own):5} inputs, {refused:5} refused, {failed:3} failed, at most {worst}"
-        )
-    failed = sum(bool(outcome.fault) for outcome in outcomes)
-    lines.append(f"{len(outcomes)} inputs in {seconds:.0f} s, {failed} failed")
-    return "\n".join(lines)
+
+    def line(some: list[Outcome]) -> str:
+        refused, faults = sum(o.refused for o in some), sum(bool(o.fault) for o in some)
+        worst = f"{max(o.memory for o in some):.0f} MiB, {max(o.seconds for o in some):.1f} s"
+        return f"{len(some):5} inputs, {refused:5} refused, {faults:3} faults, at most {worst}"
+
+    names = sorted({outcome.name for outcome in outcomes})
+    lines = [f"{name:20} {line([o for o in outcomes if o.name == name])}" for name in names]
+    return "\n".join([*lines, f"{f'all, in {seconds:.0f} s':20} {line(outcomes)}"])
 
 
 if __name__ == "__main__":

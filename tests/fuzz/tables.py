@@ -1,4 +1,4 @@
-"""Method cards, reported numbers, and the archives of data sets as their authors made them."""
+"""Method cards, sweeps, reported numbers, and the archives of data sets as their authors made them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import scipy.io
 
 from fuzz import draws, target
 from fuzz.pictures import picture, png
-from mimbench import compat, config, data, paths, registry, reported
+from mimbench import compat, config, data, paths, progress, registry, reported
 from mimbench.data import sources
 from mimbench.errors import MimbenchError
+from mimbench.sweep import file as sweep_file
+from mimbench.sweep import plan
 
 CLONE = Path(__file__).parents[2]
 
@@ -81,6 +83,65 @@ def _exports(found: registry.Card) -> None:
 
     export.citation(found)
     _method(found.slug, [])
+
+
+SWEEP = """
+name = "small"
+retries = 1
+backoff = 0.5
+device = "cpu"
+[resources.pretrain]
+cpus = 1
+memory_gib = 0.5
+[defaults]
+preset = "smoke"
+seeds = 2
+[[runs]]
+methods = ["mae"]
+protocols = ["knn", "linear:mae"]
+dataset = "digits"
+eval_dataset = { knn = "digits" }
+budget = "2m"
+set.image_size = 16
+set.knn = { ks = [10] }
+[runs.grid]
+mask_ratio = [0.5, 0.75]
+"recipe.base_lr" = [1e-4]
+[runs.exclude]
+"simsiam/linear" = "a reason"
+[runs.per_method.mae]
+set = { recipe = { epochs = 1 } }
+[[runs]]
+methods = "random_init"
+recipes = { knn = "lightly" }
+seeds = [0, 3]
+"""
+
+
+@target("sweep.toml", 4)
+def sweep(rng: Random, folder: Path) -> None:
+    """A sweep with lines changed, given twice or damaged: planned, or refused; nothing runs."""
+    lines = SWEEP.strip().splitlines()
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        place = rng.randrange(len(lines))
+        key, _, held = lines[place].partition(" = ")
+        hostile = rng.choice((toml_value(rng), str(draws.number(rng)), str([draws.number(rng)] * 3)))
+        many = str(list(range(rng.choice((3, 40, 2000)))))
+        lines[place] = rng.choice(
+            (
+                *(f"{key} = {hostile}", f"{key} = {hostile}", f"{draws.text(rng)} = {held}", ""),
+                *(
+                    f"{key} = 10000000",
+                    f"{key} = {many}",
+                    f'a{place} = {many}\n"b.c" = {many}',
+                    draws.text(rng),
+                ),
+            )
+        )
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    file = folder / "small.toml"
+    file.write_bytes(draws.damage(rng, content) if rng.random() < 0.3 else content)
+    plan.content(plan.plan(sweep_file.read(file), progress.quiet()))
 
 
 @target("reported.csv", 6)

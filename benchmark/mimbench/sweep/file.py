@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mimbench import config, registry, runner
+from mimbench import config, foreign, registry, runner
 from mimbench.errors import ConfigError, UnknownName
 
 ALL = "all"
+SWEEP_MIB = 1  # the largest file that is read
+MOST = 1000  # combinations of seeds and grid, as many as --seeds takes
 DEVICES = ("cpu", "cuda")  # a table of defaults or runs may have one for each, with what is different there
 KINDS = ("pretrain", "evaluate")  # of tasks; a protocol's name is an evaluation with resources of its own
 
@@ -104,11 +107,15 @@ def read(file: Path, device: str | None = None) -> Sweep:
     a method counts, on that device, before what stands beside it: one file serves a GPU and, smaller, a laptop.
     """
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(foreign.read_text(file, SWEEP_MIB))
     except OSError as fault:
         raise ConfigError(f"{file} cannot be read: {fault.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+    except RecursionError:
+        raise ConfigError(f"{file} is nested too deep") from None
+    except ValueError as fault:
         raise ConfigError(f"{file} is no TOML: {fault}") from None
+    if not foreign.sound(table):
+        raise ConfigError(f"{file} is nested too deep")
     allowed = {each.name for each in fields(Sweep)} | {"defaults"}
     for key in table:
         if key not in allowed:
@@ -130,8 +137,9 @@ def read(file: Path, device: str | None = None) -> Sweep:
     plain = Sweep(table.pop("name", file.stem), runs, resources)
     sweep = config.override(plain, table)
     config.check(sweep, "sweep", not_negative=("retries", "backoff"))
-    if not isinstance(sweep.name, str) or not sweep.name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"name = {sweep.name!r} should be of letters, digits, - and _", "It names a folder")
+    if not isinstance(sweep.name, str) or not re.fullmatch(r"[\w-]{1,80}", sweep.name):
+        fault = f"name = {sweep.name!r:.100} should be of at most 80 letters, digits, - and _"
+        raise ConfigError(fault, "It names a folder")
     return sweep
 
 
@@ -199,6 +207,13 @@ def _runs(table: dict[str, Any], defaults: dict[str, Any], where: str) -> Runs:
     for name, values in runs.grid.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{where}.grid.{name} = {values!r:.60} should be a list of values")
+    count = len(seeds) if isinstance(runs.seeds, tuple) else runs.seeds
+    count *= math.prod(len(values) for values in runs.grid.values())
+    if count > MOST:
+        raise ConfigError(
+            f"{where} asks for {count:,} combinations of seeds and grid by each method, more than {MOST:,}",
+            "Take fewer",
+        )
     for name, reason in runs.exclude.items():
         _check_exclusion(name, reason, where)
     for name, recipe in runs.recipes.items():
