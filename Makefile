@@ -5,11 +5,12 @@ PYTHONS := python3 python3.13 python3.12 python3.11
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in $(PYTHONS); do $$p $(IS_NEW_ENOUGH) && echo $$p && break; done)
 
-.PHONY: help demo test soak check bench format site screenshots clean
+.PHONY: help demo test soak fuzz check bench format site screenshots clean
 help:
 	@echo "make demo     set up, pretrain and probe CropMAE on embedded images, render the report (minutes)"
 	@echo "make test     set up and run all tests"
 	@echo "make soak     kill runs, updates and reports at 200 random moments, and see that nothing is lost"
+	@echo "make fuzz     feed 2,400 broken or hostile inputs to everything that reads, and see that each is stood"
 	@echo "make check    set up and look at lint, formatting and types"
 	@echo "make bench    time ours beside what you would use instead, for the report's speed page"
 	@echo "make format   mend what lint and formatting can mend"
@@ -37,6 +38,9 @@ test: $(READY)
 
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz --inputs 2400
 
 check: $(READY)
 	$(BIN)/ruff check .

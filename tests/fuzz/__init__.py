@@ -10,7 +10,7 @@ own that does not hold, more time or memory than it may take, or a wrong exit co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,9 +47,8 @@ def every_target() -> dict[str, Target]:
     return dict(sorted(TARGETS.items()))
 
 
-def plan(inputs: int, only: str = "") -> list[tuple[str, int]]:
-    """At least ``inputs`` (target, number) pairs, shared out by weight over the targets that begin with ``only``."""
-    names = [name for name in every_target() if name.startswith(only)]
+def plan(inputs: int, names: Sequence[str]) -> list[tuple[str, int]]:
+    """At least ``inputs`` (target, number) pairs, shared out by weight over the targets ``names``."""
     rounds = -(-inputs // sum(WEIGHTS[name] for name in names))
     return [
         (name, turn * WEIGHTS[name] + n)

@@ -154,23 +154,21 @@ def main() -> None:
     )
     parser.add_argument("--inputs", type=int, default=2400, help="at least so many (default 2400)")
     parser.add_argument("--seed", type=int, default=0, help="other inputs (default 0)")
-    parser.add_argument("--only", default="", help="targets that begin so")
-    parser.add_argument("--number", type=int, help="this input of the target alone")
+    parser.add_argument("--only", action="append", help="targets that begin so; may be given again")
+    parser.add_argument("--number", type=int, help="this input alone of each target")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help=f"for one input (default {SECONDS:.0f})"
     )
     parser.add_argument("--memory", type=int, default=MEMORY, help=f"MiB for one input (default {MEMORY})")
     parser.add_argument("--keep", type=Path, help="a folder for the inputs that fail")
     options = parser.parse_args()
-    names = [name for name in every_target() if name.startswith(options.only)]
+    chosen = tuple(options.only or [""])
+    names = [name for name in every_target() if name.startswith(chosen)]
     if not names:
-        parser.error(f"no target begins with {options.only}; there are {', '.join(every_target())}")
-    if options.number is None:
-        pairs = plan(options.inputs, options.only)
-    elif options.only in names:
-        pairs = [(options.only, options.number)]
-    else:
-        parser.error("--number belongs to one target: give its whole name as --only")
+        parser.error(f"no target begins with {' or '.join(chosen)}; there are {', '.join(every_target())}")
+    pairs = plan(options.inputs, names)
+    if options.number is not None:
+        pairs = [(name, options.number) for name in names]
     sys.exit(run(pairs, options))
 
 
