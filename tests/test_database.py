@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import filelock
 import pyarrow as pa
 import pytest
 import scipy.stats
 from test_record import make_record
 
 from mimbench import database, paths, record, registry, reported, speed, verdict
-from mimbench.errors import ResultsError
+from mimbench.errors import DatabaseBusy, ResultsError
 from mimbench.record import MethodUsed, Record
 from mimbench.task import Metric
 
@@ -241,6 +242,25 @@ def test_what_a_killed_process_left_is_cleared_and_a_stale_log_is_not_replayed(f
     assert sorted(p.name for p in folder.iterdir() if p.name != ".lock") == [database.NAME, "runs"]
 
 
+def test_a_run_is_silent_about_another_update_and_not_about_a_folder_that_is_none(
+    folder: Path, tmp_path: Path
+) -> None:
+    record.write(make_record(seed=0), folder)
+    said: list[str] = []
+    with filelock.FileLock(folder / ".lock"):
+        with pytest.raises(DatabaseBusy, match="by another process since more than 0 s"):
+            database.update(folder, patience=0.0)
+        database.catch_up(folder, said.append, patience=0.0)
+    assert not (folder / database.NAME).exists()
+    database.catch_up(folder, said.append)
+    assert not said
+    assert ask(folder, "SELECT seed FROM runs") == [(0,)]
+    (tmp_path / "file").touch()
+    database.catch_up(tmp_path / "file", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("warning: the database was not brought up to date: ")
+
+
 RUN = """
 import sys
 from pathlib import Path
@@ -383,6 +403,15 @@ def test_a_query_can_only_read_the_database(sql: str, folder: Path, tmp_path: Pa
     assert "\n" not in str(raised.value)
     assert not out.exists()
     assert (folder / database.NAME).read_bytes() == before
+
+
+def test_a_query_without_end_is_ended(folder: Path) -> None:
+    record.write(make_record(), folder)
+    database.update(folder)
+    began = time.process_time()
+    with pytest.raises(ResultsError, match=r"more than 100,000 rows. Add a limit to it\."):
+        database.query("WITH RECURSIVE r AS (SELECT 1 x UNION ALL SELECT x + 1 FROM r) FROM r", folder)
+    assert time.process_time() - began < 4, "it went on after the rows were refused"
 
 
 def test_a_query_with_a_mistake_gets_one_line_with_what_there_is(folder: Path) -> None:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimbench import config, limits, paths, record, registry, reported, speed, verdict
 from mimbench.environment import Facts
-from mimbench.errors import ResultsError
+from mimbench.errors import DatabaseBusy, ResultsError
 from mimbench.record import MethodUsed, ProtocolUsed, Record
 from mimbench.task import Metric
 
@@ -239,7 +239,7 @@ def update(folder: Path, patience: float = PATIENCE) -> list[str]:
     Reads only records and speed comparisons that are new or changed. Returns a sentence for each file that is
     no sound one.
     Raises ResultsError when another program holds the database for ``patience`` seconds, or when the folder
-    cannot be written; the records are not touched by either.
+    cannot be written (DatabaseBusy when that program is another update); the records are not touched by either.
     """
     import duckdb
     import filelock
@@ -267,7 +267,7 @@ def update(folder: Path, patience: float = PATIENCE) -> list[str]:
                 Path(f"{copy}.wal").unlink(missing_ok=True)
             return faults
     except filelock.Timeout:
-        raise ResultsError(
+        raise DatabaseBusy(
             f"{main} is being brought up to date by another process since more than {patience:.0f} s",
             "Nothing is lost: the next run or query catches up with all records",
         ) from None
@@ -277,6 +277,19 @@ def update(folder: Path, patience: float = PATIENCE) -> list[str]:
             f"{main} cannot be written: {why}",
             "The records are complete without it. Set MIMBENCH_RESULTS to a folder that can be written",
         ) from None
+
+
+def catch_up(folder: Path, say: Callable[[str], object], patience: float = PATIENCE) -> None:
+    """Updates after a run: what goes wrong is said and nothing else, as the record is safe and the next update catches up.
+
+    That other processes are updating all the time is nothing to say, however long it takes.
+    """
+    try:
+        update(folder, patience)
+    except DatabaseBusy:
+        pass
+    except ResultsError as fault:
+        say(f"warning: the database was not brought up to date: {fault}")
 
 
 def publish(
@@ -396,6 +409,7 @@ def query(sql: str, folder: Path, patience: float = 5.0) -> tuple[list[str], lis
         raise ResultsError(f"the query cannot be answered: {_one_line(fault)}") from None
     finally:
         alarm.cancel()
+        connection.interrupt()  # what has more rows goes on making them, and closing would wait for the last
         connection.close()
 
 

@@ -316,12 +316,16 @@ def as_item(key: str, value: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool | str):
+    if isinstance(
+        value, str
+    ):  # as JSON, but that knows no \u escape for a character beyond 16 bits, and no DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int | float):
         return repr(value) if math.isfinite(value) else str(value)
     if isinstance(value, list):
         return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + " }"
     raise ConfigError(f"{value!r} is no setting", "Write a number, a text, true, false or a list")
