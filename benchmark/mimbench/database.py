@@ -280,9 +280,9 @@ def update(folder: Path, patience: float = PATIENCE) -> list[str]:
 
 
 def catch_up(folder: Path, say: Callable[[str], object], patience: float = PATIENCE) -> None:
-    """Updates after a run: what goes wrong is said and nothing else, as the record is safe and the next update catches up.
+    """Updates after a run. What goes wrong is only said: the record is safe, and the next update catches up.
 
-    That other processes are updating all the time is nothing to say, however long it takes.
+    That others have been updating all the while is not said; where many processes share a machine that is usual.
     """
     try:
         update(folder, patience)

@@ -58,6 +58,10 @@ class ResultsError(MimbenchError):
     """Results could not be written or read."""
 
 
+class DatabaseBusy(ResultsError):
+    """Another process is bringing the database up to date."""
+
+
 class OutOfMemory(MimbenchError):
     """A training step did not fit into memory."""
 

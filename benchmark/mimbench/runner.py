@@ -841,10 +841,7 @@ class Job:
         for warning in made.warnings:
             progress.say(f"warning: {warning}")
         if self.plan.request.database:
-            try:
-                database.update(paths.results())
-            except ResultsError as fault:  # the record is safe, and the next update catches up
-                progress.say(f"warning: the database was not brought up to date: {fault}")
+            database.catch_up(paths.results(), progress.say)
         return Outcome(made, file, repeated=True)
 
     def _record(

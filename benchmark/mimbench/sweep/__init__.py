@@ -52,7 +52,6 @@ def run(
     all that runs has saved its state.
     """
     from mimbench import database, paths
-    from mimbench.errors import ResultsError
     from mimbench.sweep import schedule
     from mimbench.sweep.board import Board
     from mimbench.sweep.local import Local
@@ -68,6 +67,7 @@ def run(
                 from mimbench.sweep import cluster
 
                 ray = stack.enter_context(cluster.connected(address, logs / "ray.log"))
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own, which aborts
                 machines = cluster.Cluster(ray, plan, logs)
                 stack.callback(machines.close)
                 warnings = machines.warnings()
@@ -77,12 +77,9 @@ def run(
             for warning in warnings:
                 board.say(f"warning: {warning}")
             try:
-                state = schedule.run(plan, machines, board)
+                state = schedule.run(plan, machines, board, schedule.Claims(hold=executor == "local"))
             finally:
-                try:
-                    database.update(paths.results())
-                except ResultsError as fault:  # the records are safe, and the next update catches up
-                    board.say(f"warning: the database was not brought up to date: {fault}")
+                database.catch_up(paths.results(), board.say)
     finally:
         signal.signal(signal.SIGTERM, usual)
     return Swept(state, time.monotonic() - began, logs)

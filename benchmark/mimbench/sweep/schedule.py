@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
+
+import filelock
 
 from mimbench import paths, runner
 from mimbench.sweep.plan import Plan, Task, written
@@ -101,18 +102,46 @@ class State:
         return left / max(1, len(self.running))
 
 
-def run(
-    plan: Plan,
-    executor: Executor,
-    board: Board,
-    elsewhere: Callable[[Task], bool] | None = None,
-) -> State:
+class Claims:
+    """The tasks that a sweep has taken, which other sweeps with the same cache then leave alone.
+
+    A task itself holds its lock only once its process has begun, which takes seconds: sweeps that begin together
+    would all choose the same one and wait for it. The locks of a sweep that was killed are free at once.
+    """
+
+    def __init__(self, hold: bool = True) -> None:
+        """Without ``hold`` it only sees what others are at: Ray gets more tasks at once than files may be open."""
+        self.hold = hold
+        self.held: dict[str, filelock.BaseFileLock] = {}
+
+    def take(self, task: Task) -> bool:
+        """Takes a task; False where another process is at it."""
+        if runner.held(paths.cache() / task.lock):
+            return False
+        if self.hold:
+            file = paths.cache() / f"{task.lock}.taken"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(file)
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                return False
+            self.held[task.id] = lock
+        return True
+
+    def leave(self, task: Task) -> None:
+        """Gives a task back."""
+        if lock := self.held.pop(task.id, None):
+            lock.release()
+
+
+def run(plan: Plan, executor: Executor, board: Board, claims: Claims | None = None) -> State:
     """Does all that a plan has left to do and says how it ended.
 
-    ``elsewhere`` tells whether another process is at a task; such tasks wait for their turn, and are not started when
-    they are done by then. On Ctrl-C what runs is stopped before KeyboardInterrupt goes on.
+    What another process is at waits for its turn, and is not started when it is done by then. On Ctrl-C what runs is
+    stopped before KeyboardInterrupt goes on.
     """
-    elsewhere = elsewhere or at_work_elsewhere
+    claims = claims or Claims()
     sweep = plan.sweep
     state = State(plan, {name: plan.tasks[name] for name in plan.todo})
     tries: collections.Counter[str] = collections.Counter()
@@ -127,17 +156,19 @@ def run(
                 and not any(need in state.waiting or need in state.started for need in task.needs)
             ]
             state.elsewhere.clear()
-            while (task := _next(ready, state, executor, elsewhere)) is not None:
+            while (task := _next(ready, state, executor, claims)) is not None:
                 ready.remove(task)
                 del state.waiting[task.id]
                 if written(task) != plan.before.get(task.id, 0):
                     state.found.add(task.id)
+                    claims.leave(task)
                     continue
                 state.started.add(task.id)
                 executor.start(task)
             _look(state, executor, board)
             for ended in executor.wait(PAUSE):
                 task = plan.tasks[ended.id]
+                claims.leave(task)
                 state.started.remove(task.id)
                 if ended.code == 0:
                     state.done[task.id] = ended.seconds
@@ -173,9 +204,7 @@ def _look(state: State, executor: Executor, board: Board) -> None:
     board.show(state)
 
 
-def _next(
-    ready: list[Task], state: State, executor: Executor, elsewhere: Callable[[Task], bool]
-) -> Task | None:
+def _next(ready: list[Task], state: State, executor: Executor, claims: Claims) -> Task | None:
     """The task to start now: evaluations first, and of those one whose weights no other one is reading.
 
     Two evaluations of the same weights at once would both compute the features that the second could have read.
@@ -184,12 +213,7 @@ def _next(
     ordered = sorted(ready, key=lambda task: (task.kind == "pretrain", at_work[task.needs[-1:]]))
     for task in ordered:
         if executor.room(task):
-            if not elsewhere(task):
+            if claims.take(task):
                 return task
             state.elsewhere.add(task.id)
     return None
-
-
-def at_work_elsewhere(task: Task) -> bool:
-    """Whether another process, on this machine or on one that shares the cache, is at a task."""
-    return runner.held(paths.cache() / task.lock)
