@@ -73,6 +73,12 @@ def test_a_checkpoint_is_recognised_however_it_is_wrapped(
         assert torch.equal(other.state_dict()[name], model.state_dict()[name])
 
 
+@pytest.mark.parametrize("slug", ["beitv2", "capi", "mae", "simsiam"])
+def test_whose_weights_they_are_is_asked_without_making_any(slug: str) -> None:
+    model = weights._sketch(slug, registry.load_method(slug).Config())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 def test_our_own_checkpoints_are_recognised(tmp_path: Path) -> None:
     _, model = mae()
     checkpoint.save_tensors(tmp_path / "model.safetensors", model.state_dict())

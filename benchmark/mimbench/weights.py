@@ -7,6 +7,7 @@ in part, and nothing may be left over.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mimbench import checkpoint, config, registry
 from mimbench.errors import CheckpointError, MimbenchError
@@ -249,12 +251,23 @@ def _sketch(slug: str, settings: Any) -> nn.Module:
     """A method's model with the shapes of its tensors and without their content."""
     build = registry.load_method(slug).Model
     model: nn.Module
-    try:
-        with torch.device("meta"):
-            model = build(settings)
-    except (NotImplementedError, RuntimeError):  # it reads numbers off tensors while it is built
-        model = build(settings)
+    for numbers in (contextlib.nullcontext(), _NumbersAreRead()):
+        try:
+            with torch.device("meta"), numbers:
+                model = build(settings)
+            return model
+        except (NotImplementedError, RuntimeError):  # it reads numbers off tensors while it is built
+            continue
+    model = build(settings)
     return model
+
+
+class _NumbersAreRead(TorchFunctionMode):
+    """Inside, evenly spaced numbers have content where other tensors have none: rates are read off them."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        return function(*args, **({"device": "cpu", **given} if function is torch.linspace else given))
 
 
 def _count(state: dict[str, Tensor], root: str) -> int:

@@ -138,8 +138,10 @@ def read(file: Path, device: str | None = None) -> Sweep:
     sweep = config.override(plain, table)
     config.check(sweep, "sweep", not_negative=("retries", "backoff"))
     if not isinstance(sweep.name, str) or not re.fullmatch(r"[\w-]{1,80}", sweep.name):
-        fault = f"name = {sweep.name!r:.100} should be of at most 80 letters, digits, - and _"
-        raise ConfigError(fault, "It names a folder")
+        raise ConfigError(
+            f"name = {sweep.name!r:.100} should be of at most 80 letters, digits, - and _",
+            "It names a folder",
+        )
     return sweep
 
 
