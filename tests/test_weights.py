@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mimbench import checkpoint, config, progress, registry, runner, seeds, weights
-from mimbench.errors import CheckpointError, ConfigError, MimbenchError
+from mimbench.errors import CheckpointError, ConfigError, MimbenchError, UnknownName
 from mimbench.runner import Request
 
 TINY = {
@@ -201,6 +203,42 @@ def test_a_timm_encoder_that_is_not_there_is_a_clear_error(monkeypatch: pytest.M
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(MimbenchError, match=r"could not provide 'resnet18': no connection.*--weights"):
         module.create(module.Config(name="resnet18"))
+
+
+class Harmful:
+    """Unpickled by a reader that runs code, it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_weights_that_anybody_published_cannot_run_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = registry.load_method("timm")
+    import timm.models._hub as hub
+
+    card = {"architecture": "resnet18", "num_classes": 0, "pretrained_cfg": {"num_classes": 0}}
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    torch.save({"x": Harmful(tmp_path / "harm")}, tmp_path / "pytorch_model.bin")
+    asked = []
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        asked.append(filename)
+        if not (tmp_path / filename).is_file():
+            raise hub.EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with pytest.raises(MimbenchError, match="weights_only=True blocked loading this checkpoint"):
+        module.create(module.Config(name="hf-hub:somebody/something"))
+    assert asked[-1] == "pytorch_model.bin"
+    assert not (tmp_path / "harm").exists()
+    with pytest.raises(UnknownName, match="unknown timm model"):
+        module.create(module.Config(name=f"local-dir:{tmp_path}"))
 
 
 def test_timm_is_a_method_on_the_command_line() -> None:

@@ -173,13 +173,15 @@ def main() -> None:
 
 
 def run(pairs: list[tuple[str, int]], options: argparse.Namespace) -> int:
-    """Tries all inputs, or those until Ctrl-C, prints what fails and a summary; 1 when anything did."""
+    """Tries all inputs, or those until Ctrl-C or SIGTERM, prints what fails and a summary; 1 when anything did."""
     targets = every_target()
     torchvision()
     for prepare in PREPARED:
         prepare()
     outcomes: list[Outcome] = []
     began = time.monotonic()
+    # Shells keep Ctrl-C from what runs in the background.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     stop = contextlib.suppress(KeyboardInterrupt)
     with stop, tempfile.TemporaryDirectory(prefix="mimbench-fuzz-") as top:
         for name, number in pairs:
