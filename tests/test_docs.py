@@ -17,7 +17,10 @@ from mimbench import cli
 from mimbench.sweep import cluster, file
 
 TOP = Path(__file__).parents[1]
-PAGES = [TOP / "README.md", TOP / "CONTRIBUTING.md", *sorted((TOP / "docs").glob("*.md"))]
+PAGES = [
+    *(TOP / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((TOP / "docs").glob("*.md")),
+]
 CLUSTER = TOP / "docs" / "cluster.md"
 
 
@@ -111,3 +114,10 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_test_that_a_promise_names_is_there() -> None:
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (TOP / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    for test_file, test in named:
+        assert re.search(rf"^def {test}\(", (TOP / test_file).read_text(encoding="utf-8"), re.MULTILINE), test
