@@ -50,9 +50,9 @@ def views(slug: str, preset: str = "smoke") -> Image.Image:
 def reconstructions(model: Any, split: Split) -> Image.Image:
     """One row per image of ``split``: the image, what the encoder saw of it, and the trained model's prediction.
 
-    Hidden patches show what was predicted, visible ones the image. Where the target was standardised patch by
-    patch, the prediction has lost each patch's mean and deviation and is shown with the true ones, as the authors
-    of MAE do. Raises ConfigError for a method that predicts no pixels.
+    Hidden patches or frequencies show what was predicted, visible ones the image. Where the target was standardised
+    patch by patch, the prediction has lost each patch's mean and deviation and is shown with the true ones, as the
+    authors of MAE do. Raises ConfigError for a method that predicts no pixels.
     """
     model = model.eval()
     batch = split.batch(torch.arange(ROWS) * (len(split) // ROWS), needs=model.needs)
@@ -68,11 +68,20 @@ def reconstructions(model: Any, split: Split) -> Image.Image:
     if pred.shape != target.shape:
         patch = math.isqrt(pred.shape[-1] // 3)
         true = patchify(target, patch) if patch and target.shape[-1] % patch == 0 else target
+        if "loss_pred" in outputs and mask is not None:  # HPM lists what is visible first
+            pred = torch.zeros_like(pred).scatter(
+                1, mask.argsort(dim=1, stable=True)[..., None].expand_as(pred), pred
+            )
         if pred.shape != true.shape:
             raise ConfigError("the method predicts no pixels, so it reconstructs nothing")
         if getattr(model.config, "normalise_target", True):
             pred = pred * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
         pred = unpatchify(pred, patch)
+    kept = drawn.get("mask")
+    if "corrupted" in drawn and kept is not None and kept.dtype == torch.bool:  # MFM: of the spectrum
+        kept = torch.fft.ifftshift(kept, dim=(1, 2))[:, None]
+        spectrum = torch.where(kept, torch.fft.fft2(target), torch.fft.fft2(pred))
+        pred = torch.fft.ifft2(spectrum).real
     shown, predicted = _pixels(target, model.input), _pixels(pred, model.input)
     if mask is None or "corrupted" in drawn:
         seen = _pixels(drawn.get("corrupted", target), model.input)
