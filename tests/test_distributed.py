@@ -495,10 +495,11 @@ def test_one_process_finishes_what_two_began(folder: Path) -> None:
     whole, model = Toy(), Toy()
     expected = outcome(whole, train(whole))
     (place,) = (folder / "begun by two").glob("step-000000006")
-    assert checkpoint.read_state(place).step == 6
+    begun = checkpoint.read_state(place)
+    assert begun.step == 6
     history = train(model, folder=folder / "begun by two")
     assert model.calls == history.steps - 6
-    assert history.seconds < history.device_seconds < 2 * history.seconds
+    assert history.device_seconds > begun.progress["history"]["device_seconds"] > 0
     for key, value in outcome(model, history).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
@@ -654,8 +655,8 @@ def test_a_command_by_two_processes_gives_the_records_of_one(commanded: tuple[Pa
     for made in theirs:
         same = ours[made.method.slug]
         assert (made.id, made.pretrain.key, made.command) == (same.id, same.pretrain.key, same.command)
-        assert made.pretrain.device_seconds == pytest.approx(2 * made.pretrain.seconds)
-        assert same.pretrain.device_seconds == pytest.approx(same.pretrain.seconds)
+        assert 0 < made.pretrain.device_seconds < 2.5 * made.pretrain.seconds  # of two cores, and who reads
+        assert 0 < same.pretrain.device_seconds < 1.5 * same.pretrain.seconds
         assert (made.pretrain.images, made.pretrain.steps) == (same.pretrain.images, same.pretrain.steps)
         losses = torch.tensor([[point["loss"] for point in one.curve] for one in (made, same)])
         difference = (losses[0] / losses[1] - 1).abs()

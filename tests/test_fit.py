@@ -493,6 +493,13 @@ def test_a_real_budget_of_time_is_kept_to() -> None:
     assert 1 <= history.steps == history.planned <= 20  # a step takes 50 ms and a little
 
 
+def test_waiting_costs_no_device_time(tmp_path: Path) -> None:
+    history = train(Toy(pause=0.05), folder=tmp_path)
+    waited = 0.05 * history.steps
+    assert waited < history.seconds
+    assert 0 < history.device_seconds < history.seconds - 0.8 * waited
+
+
 @pytest.mark.parametrize("text", ["", "2", "0s", "-1m", "2 weeks", "10epochs", "nan s"])
 def test_a_budget_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="neither a time nor a number of images"):

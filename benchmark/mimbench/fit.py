@@ -155,7 +155,7 @@ class History:
     steps: int = 0
     images: int = 0  # images seen
     seconds: float = 0.0  # wall time of training, over all resumed parts
-    device_seconds: float = 0.0  # the same times the number of processes
+    device_seconds: float = 0.0  # the same summed over GPUs; without one, processor time summed over cores
     resumed: int = 0  # how many times training went on from a checkpoint
     precision: str = ""  # what it ran in, fp32 or bf16
     compiled: bool = False
@@ -285,6 +285,7 @@ class _Training:
             self._follow_plan()
             self.before, self.before_devices = self.history.seconds, self.history.device_seconds
             self.began = self.last_save = time.perf_counter()
+            self.began_working = self._working()
             steps = self.progress.track(self._batches(), self.name, total=self.total, start=self.step)
             with contextlib.closing(steps):
                 for batch in steps:
@@ -599,10 +600,14 @@ class _Training:
             )
         self.history.steps = self.step
         self.history.images = self.step * self.recipe.batch_size
-        elapsed = time.perf_counter() - self.began
-        self.history.seconds = self.before + elapsed
-        self.history.device_seconds = self.before_devices + elapsed * distributed.size()
+        self.history.seconds = self.before + time.perf_counter() - self.began
+        worked = self._working() - self.began_working
+        self.history.device_seconds = self.before_devices + worked * distributed.size()
         self.history.peak_memory = max(self.history.peak_memory, _peak_memory(self.device))
+
+    def _working(self) -> float:
+        """The clock by which training costs: beside other processes, one that waits for a core costs nothing."""
+        return time.perf_counter() if self.device.type == "cuda" else time.process_time()
 
     def _save(self) -> None:
         """Saves the training state, if there is a folder for it."""

@@ -84,7 +84,7 @@ class Pretraining:
     steps: int  # optimizer steps
     epochs: float
     seconds: float  # wall time over all resumed parts
-    device_seconds: float  # the same times the number of devices
+    device_seconds: float  # the same summed over GPUs; without one, processor time summed over cores
     resumed: int  # how many times it went on from a checkpoint
     peak_memory: int  # bytes on the GPU, or of the process
     precision: str  # fp32 or bf16: what "auto" came to

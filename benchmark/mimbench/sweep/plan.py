@@ -161,9 +161,12 @@ def _units(
         force=force,
     )
     found = runner.units(request, progress, load)
-    plain = tuple(item for item in case.overrides if not item.startswith("recipe.budget="))
+    how_long = ("recipe.epochs=", "recipe.warmup_epochs=")
+    plain = tuple(
+        item for item in case.overrides if not item.startswith("recipe.") or item.startswith(how_long)
+    )
     if plain != case.overrides and not found[0].settings.recipe.epochs:
-        # What is not trained is the same under every budget.
+        # What is not trained is the same however it would be.
         return runner.units(dataclasses.replace(request, overrides=plain), progress, load)
     return found
 
