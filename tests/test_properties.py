@@ -211,6 +211,8 @@ def test_a_record_lies_in_its_folder_whatever_it_calls_itself(method: str, proto
 
 @drawn
 @given(NAMES)
+@example("a" * 300)
+@example("a/" * 3000)
 @example("a/../../b")
 @example("..\\b")
 @example("C:b")
@@ -222,6 +224,7 @@ def test_what_a_listing_names_lies_below_it_or_is_refused(name: str) -> None:
         return
     top = Path("/nowhere/at/all")
     assert (top / name).resolve().is_relative_to(top)
+    assert not (top / name).exists()  # a path that every system takes
 
 
 # Archives

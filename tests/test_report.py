@@ -890,6 +890,27 @@ def test_a_folder_that_cannot_be_written_is_said(suite: Any, tmp_path: Path) -> 
         rendering.report(tmp_path / "results", tmp_path / "file")
 
 
+def test_a_site_from_elsewhere_reaches_nothing_outside(suite: Any, tmp_path: Path) -> None:
+    site = render(tmp_path, made("alpha", 60.0))
+    mine, below = tmp_path / "mine.txt", tmp_path / "below"
+    mine.write_text("keep")
+    below.mkdir()
+    (below / "x").write_text("keep")
+    (site / "linked").symlink_to(below)
+    names = ["../mine.txt", str(mine), "a/../../mine.txt", "linked/x", "..", "", "x" * 5000, "\0", "old.html"]
+    (site / "old.html").write_text("a page of a former call")
+    (site / rendering.LISTING).write_text("\n".join(names))
+    render(tmp_path, made("alpha", 60.0))
+    assert not (site / "old.html").exists()
+    for own in (rendering.LISTING, rendering.LOCK, rendering.PART):
+        (site / own).unlink(missing_ok=True)
+        (site / own).symlink_to(mine)
+        render(tmp_path, made("alpha", 61.0))
+    (site / rendering.LISTING).write_bytes(b"\xff\xfe")
+    render(tmp_path, made("alpha", 60.0))
+    assert (mine.read_text(), (below / "x").read_text()) == ("keep", "keep")
+
+
 def test_the_clones_own_methods_and_protocols_render(tmp_path: Path) -> None:
     site = rendering.report(tmp_path / "results", tmp_path / "site").parent
     pages = crawl(site)

@@ -16,6 +16,7 @@ from mimbench.errors import DataError
 MIB = 2**20
 JSON_MIB = 64  # the largest JSON file that is read
 DEPTH = 40  # how deep tables and lists may be nested
+LONGEST_PATH = 1000  # letters; each part of it has up to 255 bytes, as file systems take no more
 WHOLE = 2**63  # whole numbers reach up to there, as 64 bits hold them
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,79}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -102,7 +103,8 @@ def below(names: Iterable[str], listing: Path) -> None:
     for name in names:
         parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
         absolute = name.startswith(("/", "\\")) or bool(PureWindowsPath(name).drive)
-        if absolute or ".." in parts or "\0" in name:
+        long = len(name) > LONGEST_PATH or any(len(part.encode("utf-8", "replace")) > 255 for part in parts)
+        if absolute or long or ".." in parts or "\0" in name:
             raise DataError(
                 f"{listing} names '{name}', which does not lie in its folder", "Get the data again"
             )

@@ -376,7 +376,9 @@ def foreign_site(rng: Random, folder: Path) -> None:
     ]
     put(site / report.LISTING, "\n".join(rng.sample(names, 4)))
     if rng.random() < 0.5:
-        (site / rng.choice(("index.html", "about.html"))).symlink_to(mine)
+        linked = site / rng.choice(("index.html", "about.html", report.LISTING, report.LOCK, report.PART))
+        linked.unlink(missing_ok=True)
+        linked.symlink_to(mine)
     with few_methods(folder), contextlib.redirect_stdout(io.StringIO()):
         try:
             report.report(folder / "results", site)

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mimbench import database, export
-from mimbench.errors import ResultsError
+from mimbench import database, export, foreign
+from mimbench.errors import DataError, ResultsError
 from mimbench.report.ledger import verdicts
 from mimbench.report.pages import pages
 from mimbench.report.source import load
@@ -38,8 +38,11 @@ def report(folder: Path, out: Path) -> Path:
     written = {export.DATABASE}
     with _writing(out), contextlib.ExitStack() as stack:
         out.mkdir(parents=True, exist_ok=True)
+        for own in (LISTING, LOCK, PART):  # a site from elsewhere may have links in their places
+            if (out / own).is_symlink():
+                (out / own).unlink()
         stack.enter_context(filelock.FileLock(out / LOCK))
-        former = set(listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else [])
+        former = _former(out)
         with listing.open("a", encoding="utf-8") as known:
             for path, content in pages(source):
                 if path not in former:  # noted first, so that a call that is killed leaves no page unknown
@@ -50,10 +53,28 @@ def report(folder: Path, out: Path) -> Path:
         database.publish(
             out / export.DATABASE, source.records, source.comparisons, source.catalogue, source.papers
         )
-        for path in former - written - {""}:
+        for path in former - written:
             (out / path).unlink(missing_ok=True)
         _write(listing, "".join(f"{path}\n" for path in sorted(written)).encode(), out / PART)
     return out / "index.html"
+
+
+def _former(out: Path) -> set[str]:
+    """What a former call wrote and is still there; no more than lies below ``out``, whatever the listing says."""
+    try:
+        names = foreign.read_text(out / LISTING).split("\n")
+    except (OSError, ValueError):
+        return set()
+    return {name for name in names if _is_page(out, name)}
+
+
+def _is_page(out: Path, name: str) -> bool:
+    try:
+        foreign.below([name], out / LISTING)
+        file = out / name
+        return (file.is_file() or file.is_symlink()) and file.parent.resolve().is_relative_to(out.resolve())
+    except (OSError, ValueError, DataError):
+        return False
 
 
 def single_file(folder: Path, file: Path) -> Path:
