@@ -34,13 +34,12 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("share", ["a", "b"])
-def test_a_hundred_inputs_are_stood(share: str) -> None:
-    names = [name for name in fuzz.every_target() if (name < "images") == (share == "a")]
-    done = python("-m", "fuzz", "--inputs", "1", *(word for name in names for word in ("--only", name)))
+def test_a_hundred_inputs_are_stood() -> None:
+    done = python("-m", "fuzz", "--inputs", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     tried = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()[:-1]}
-    assert tried == {name: fuzz.WEIGHTS[name] for name in names}
+    assert tried == {name: fuzz.WEIGHTS[name] for name in fuzz.every_target()}
+    assert sum(tried.values()) >= 100
 
 
 def test_inputs_are_the_same_each_time_and_differ_from_each_other() -> None:

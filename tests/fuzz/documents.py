@@ -204,7 +204,7 @@ KNOWN_TAGS = frozenset(
 )
 
 
-@target("record.sound", 10)
+@target("record.sound", 5)
 def record_sound(rng: Random, folder: Path) -> None:
     """Records that may well be read, through everything that reads them; nothing is written elsewhere."""
     inner = folder / "a" / "b" / "c"
