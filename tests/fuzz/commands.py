@@ -225,9 +225,12 @@ def overrides(rng: Random, folder: Path) -> None:
         kind = registry.load_method(rng.choice(sorted(registry.methods()))).Config
     else:
         kind = registry.load_protocol(rng.choice(sorted(registry.protocols()))).Settings
-    if rng.random() < 0.5:
+    given_as = rng.random()
+    if given_as < 0.3:
         fields = list(kind.__dataclass_fields__)
         table = {rng.choice(fields): draws.value(rng) for _ in range(rng.choice((1, 2)))}
+    elif given_as < 0.6:
+        table = draws.nudge(rng, config.to_dict(kind()))
     config.to_dict(config.build(kind, table))
 
 

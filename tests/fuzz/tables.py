@@ -60,15 +60,16 @@ def card(rng: Random, folder: Path) -> None:
         key = lines[place].partition("=")[0] or "x "
         lines[place] = rng.choice((f"{key}= {toml_value(rng)}", f"[{draws.text(rng)}]", draws.text(rng), ""))
     content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    slug = rng.choice(("mae", "mae", "a b", "Mae", "x-y", "1a"))
+    slug = rng.choice((*[origin.parent.name] * 8, "a b", "Mae", "x-y", "1a"))
     place = folder / "methods" / slug
     place.mkdir(parents=True)
+    (place / "method.py").touch()  # the real one is imported
     (place / "method.toml").write_bytes(draws.damage(rng, content) if rng.random() < 0.4 else content)
     registry.methods.cache_clear()
     try:
         with mock.patch.object(paths, "methods", return_value=folder / "methods"):
             for found in registry.methods().values():
-                settings = registry.load_method("mae").Config
+                settings = registry.load_method(found.slug).Config
                 for name in found.presets:
                     config.build(settings, found.preset(name))
                 assert all(type(each) is str for each in (*found.protocols, *found.deviations))
