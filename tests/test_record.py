@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimbench import config, record, registry
+from mimbench.curve import Curve
 from mimbench.errors import ResultsError
 from mimbench.record import DataUsed, EncoderUsed, MethodUsed, Pretraining, ProtocolUsed, Record
 from mimbench.task import Metric
@@ -344,3 +345,20 @@ def test_a_record_is_plain_tables_for_templates() -> None:
     content = config.to_dict(make_record())
     assert content["metrics"]["top1"]["value"] == 61.25
     assert content["method"]["slug"] == "mae"
+
+
+def test_a_curve_is_read_by_column_as_by_point() -> None:
+    points = [
+        {"step": 1, "loss": 2.5, "lr": 1e-3},
+        {"loss": 2.25},
+        {"step": 4, "lr": 2e-3},
+        {"step": 9, "loss": 2, "lr": 3e-3},
+    ]
+    curve = Curve.of(points)
+    assert curve == points
+    assert Curve.of(curve) is curve
+    for name in curve.names:
+        expected = [(p.get("step", place), p[name]) for place, p in enumerate(points) if name in p]
+        assert curve.series(name) == expected
+    assert curve.series("loss") == [(1, 2.5), (1, 2.25), (9, 2)]
+    assert curve.series("accuracy") == Curve.of([]).series("loss") == []

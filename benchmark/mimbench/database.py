@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimbench import config, limits, paths, record, registry, reported, speed, verdict
+from mimbench.curve import Curve
 from mimbench.environment import Facts
 from mimbench.errors import DatabaseBusy, ResultsError
 from mimbench.record import MethodUsed, ProtocolUsed, Record
@@ -693,11 +694,13 @@ def _add_run(rows: _Rows, made: Record) -> None:
     for name, metric in made.metrics.items():
         rows.add("metrics", run=made.id, name=name, **vars(metric))
     curves, before = rows.curves, len(rows.curves["run"])
-    for position, point in enumerate(made.curve):
-        logged = {name: value for name, value in point.items() if name != "step"}
-        curves["name"] += logged.keys()
-        curves["value"] += map(float, logged.values())
-        curves["step"] += [float(point.get("step", position))] * len(logged)
+    curve = Curve.of(made.curve)
+    for name in curve.names:
+        if name != "step" and (points := curve.series(name)):
+            curves["name"] += [name] * len(points)
+            steps, values = zip(*points, strict=True)
+            curves["step"] += map(float, steps)
+            curves["value"] += map(float, values)
     curves["run"] += [made.id] * (len(curves["name"]) - before)
 
 

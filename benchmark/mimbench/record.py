@@ -477,26 +477,35 @@ def _refuse_non_finite(value: Any, where: str) -> None:
             _refuse_non_finite(item, f"{where}[{position}]")
 
 
+CURVE = list[dict[str, float]]
+
+
 def parse(value: Any, kind: Any, where: str) -> Any:
     """``value``, as JSON gave it, as the type ``kind``. Raises ResultsError for anything else."""
     if kind is Any:
         if not foreign.sound(value):
             raise ResultsError(f"{where} is nested too deep")
         return value
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    origin, arguments, is_dataclass = _shape(kind)
+    if is_dataclass:
         return _parse_dataclass(value, kind, where)
     if origin is dict and isinstance(value, dict):
-        if arguments[1] is float and all(type(item) in (float, int) for item in value.values()):
-            return value  # most of a record: the points of its curve
         return {key: parse(item, arguments[1], f"{where}: {key}") for key, item in value.items()}
     if origin is list and isinstance(value, list):
+        is_curve = kind == CURVE and all(type(item) is dict for item in value)
+        if is_curve and {type(number) for item in value for number in item.values()} <= {float, int}:
+            return value  # most of a record
         return [parse(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value)]
     allowed = arguments if origin is types.UnionType else (kind,)
     if type(value) in allowed or (type(value) is int and float in allowed):
         return value
     names = " or ".join(getattr(k, "__name__", str(k)) for k in allowed)
     raise ResultsError(f"{where} should be {names}, not {value!r:.60}")
+
+
+@functools.cache
+def _shape(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    return typing.get_origin(kind), typing.get_args(kind), dataclasses.is_dataclass(kind)
 
 
 _hints = functools.cache(typing.get_type_hints)  # evaluates annotations, which takes longer than the rest

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from mimbench.curve import Curve
 from mimbench.record import Record
 from mimbench.report.ranking import Table
 from mimbench.report.words import count, effort, number, view_name, when
@@ -19,7 +20,7 @@ def charts(runs: Iterable[Record]) -> list[dict[str, Any]]:
     """Loss curves of pretraining: a chart per setting with a line per seed."""
     settings: dict[tuple[str, ...], dict[int, list[tuple[float, float]]]] = {}
     for run in sorted(runs, key=when, reverse=True):
-        curve = [(point["step"], point["loss"]) for point in run.curve if point.keys() >= {"step", "loss"}]
+        curve = Curve.of(run.curve).series("loss")
         if len(curve) > 1:
             budget = run.budget  # its seeds get differently far
             trained = view_name(budget) if budget else effort([run])
