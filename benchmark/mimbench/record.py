@@ -456,13 +456,17 @@ def _rescue(record: Record) -> str:
 
 def without_home(value: Any) -> Any:
     """Strings with the user's home folder written as ``~``, at any depth of tables and lists."""
+    home = Path.home()
+    return _replaced(value, str(home)) if len(home.parts) > 1 else value
+
+
+def _replaced(value: Any, home: str) -> Any:
     if isinstance(value, str):
-        home = Path.home()
-        return value.replace(str(home), "~") if len(home.parts) > 1 else value
+        return value.replace(home, "~")
     if isinstance(value, dict):
-        return {key: without_home(item) for key, item in value.items()}
+        return {key: _replaced(item, home) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_home(item) for item in value]
+        return [_replaced(item, home) for item in value]
     return value
 
 

@@ -195,6 +195,11 @@ class Cluster:
         machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         if not self.with_gpus and self.plan.sweep.device == "auto":
             found.append("the cluster has no GPU: all tasks run on CPUs")
+        if self.with_gpus and self.plan.sweep.device == "auto" and not local.visible_gpus():
+            found.append(
+                "the cluster has GPUs, but this machine has none, and by it the file was read: "
+                "--device cuda takes the file's cuda tables"
+            )
         for asked, kind in {self._asked(task): task.group for task in todo}.items():
             if not any(all(has.get(name, 0) >= amount for name, amount in asked) for has in machines):
                 wants = ", ".join(f"{name} {amount:g}" for name, amount in asked if amount)
