@@ -607,6 +607,38 @@ def test_what_the_machine_does_not_have_is_refused(tmp_path: Path) -> None:
         local.Local(made, tmp_path, gpus=[])
 
 
+class ACluster:
+    """What Ray says of a cluster."""
+
+    def __init__(self, **resources: float) -> None:
+        self.resources = resources
+
+    def remote(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.resources
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": self.resources}]
+
+
+def test_a_cluster_says_before_what_will_surprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "visible_gpus", list)
+    made = a_plan(*OTHERS)
+    made.sweep = dataclasses.replace(made.sweep, device="auto")
+    enough = {"CPU": 8, "GPU": 2, "memory": 2.0**40}
+    (said,) = cluster.Cluster(ACluster(**enough), made, tmp_path).warnings()
+    assert "the cluster has GPUs, but this machine has none" in said
+    assert "--device cuda" in said
+    (said,) = cluster.Cluster(ACluster(CPU=8, memory=2.0**40), made, tmp_path).warnings()
+    assert "no GPU: all tasks run on CPUs" in said
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["0"])
+    assert cluster.Cluster(ACluster(**enough), made, tmp_path).warnings() == []
+    (said,) = cluster.Cluster(ACluster(**enough | {"CPU": 0}), made, tmp_path).warnings()
+    assert "it waits until one joins" in said
+
+
 # The whole command
 
 
