@@ -202,7 +202,9 @@ def _method(slug: str, certificates: Sequence[Certificate]) -> dict[str, Any]:
         facts.append({"text": f"code: {card.code}", "href": _code_link(card.code)})
     readme = card.folder / "README.md"
     prose = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    for file in sorted(f for f in card.folder.iterdir() if f.suffix.lower() in PICTURES):
+    drawn = [file for file in card.folder.iterdir() if file.suffix.lower() in PICTURES]
+    places = {file: prose.find(f"({file.name})") for file in drawn}
+    for file in sorted(drawn, key=lambda file: (places[file] < 0, places[file], file.name)):
         target = f"methods/pictures/{page_name(slug)}-{page_name(file.stem)}{file.suffix.lower()}"
         alt = re.search(rf"!\[([^\]]+)\]\((?:\./)?{re.escape(file.name)}\)", prose)
         view["pictures"].append({"href": target, "alt": alt[1] if alt else file.stem.replace("_", " ")})
