@@ -95,7 +95,7 @@ def check(
 @pytest.mark.parametrize("which", PATHS)
 def test_neighbours_are_those_of_brute_force_whatever_the_tiles(which: str) -> None:
     @given(st.data())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def holds(data: st.DataObject) -> None:
         n, q = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 70))
         d, k = data.draw(st.integers(1, 70)), data.draw(st.integers(1, n))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_record import make_record
 
@@ -23,9 +23,7 @@ from mimbench.errors import DataError, MimbenchError, ResultsError
 from mimbench.sweep import file as sweep_file
 
 # The same inputs in each run; slow machines are no fault.
-drawn = settings(
-    derandomize=True, deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow]
-)
+drawn = settings(max_examples=150)
 
 LEAVES = (
     st.none()

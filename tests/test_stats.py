@@ -17,7 +17,7 @@ from mimbench.errors import DataError
 
 
 @given(st.integers(1, 400), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_accuracy_has_wilsons_interval(n: int, data: st.DataObject) -> None:
     hits = data.draw(st.integers(0, n))
     metric = stats.accuracy(np.arange(n) < hits)
@@ -83,7 +83,7 @@ def test_seed_interval_is_students() -> None:
     st.floats(0, 100),
     st.floats(0.01, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equivalence_is_two_one_sided_tests(tenths: list[int], number: float, margin: float) -> None:
     values = [tenth / 10 for tenth in tenths]
     found = stats.equivalence(values, number, margin)
