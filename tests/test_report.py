@@ -344,6 +344,18 @@ def test_the_front_page_shows_the_scoring_of_most_methods_and_never_the_best_on_
     assert {line.row.method for line in board.lines} == {"alpha", "beta"}
 
 
+def test_operations_of_an_image_are_counted_one_by_one(suite: Any) -> None:
+    plain = made("alpha", 60)
+    counted = {**plain.metrics, "flops_inference": Metric(0.0646, unit="GFLOP/image")}
+    measured = dataclasses.replace(made("alpha", 900, recipe="quick"), metrics=counted)
+    (board,) = boards(tables(plain, measured, made("beta", 50)), [], {})
+    assert {line.row.method: line.flops for line in board.lines} == {
+        "alpha": pytest.approx(64.6e6),
+        "beta": None,
+    }
+    assert words.short(64.6e6) == "64.6 M"
+
+
 def test_no_more_than_a_twentieth_of_equal_tables_has_a_separated_pair() -> None:
     draw = np.random.default_rng(0)
     ease, wrong = draw.normal(size=300), 0

@@ -144,7 +144,7 @@ def _board(
             cells = by_setting.setdefault(setting(row.runs[0]), [None] * len(shown))
             cells[place] = _cell(row, table)
     flops = {
-        setting(run): run.metrics["flops_inference"].value
+        setting(run): run.metrics["flops_inference"].value * 1e9  # protocols/throughput.py gives GFLOP
         for run in _runs(ranked)
         if "flops_inference" in run.metrics
     }
