@@ -921,6 +921,13 @@ def test_a_site_from_elsewhere_reaches_nothing_outside(suite: Any, tmp_path: Pat
     (site / rendering.LISTING).write_bytes(b"\xff\xfe")
     render(tmp_path, made("alpha", 60.0))
     assert (mine.read_text(), (below / "x").read_text()) == ("keep", "keep")
+    (site / "methods").rename(site / "moved")
+    (site / "methods").symlink_to(below)
+    with pytest.raises(
+        record.ResultsError, match=r"leads elsewhere, so no page is written to it\. Remove it"
+    ):
+        render(tmp_path, made("alpha", 60.0))
+    assert [file.name for file in below.iterdir()] == ["x"]
 
 
 def test_the_clones_own_methods_and_protocols_render(tmp_path: Path) -> None:

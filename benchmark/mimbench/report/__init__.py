@@ -41,6 +41,7 @@ def report(folder: Path, out: Path) -> Path:
         for own in (LISTING, LOCK, PART):  # a site from elsewhere may have links in their places
             if (out / own).is_symlink():
                 (out / own).unlink()
+        within = {out}  # folders that no link leads out of
         stack.enter_context(filelock.FileLock(out / LOCK))
         former = _former(out)
         with listing.open("a", encoding="utf-8") as known:
@@ -48,6 +49,10 @@ def report(folder: Path, out: Path) -> Path:
                 if path not in former:  # noted first, so that a call that is killed leaves no page unknown
                     known.write(f"{path}\n")
                     known.flush()
+                place = (out / path).parent
+                if place not in within and not place.resolve().is_relative_to(out.resolve()):
+                    raise ResultsError(f"{place} leads elsewhere, so no page is written to it", "Remove it")
+                within.add(place)
                 _write(out / path, content, out / PART)
                 written.add(path)
         database.publish(
