@@ -344,6 +344,19 @@ def test_the_front_page_shows_the_scoring_of_most_methods_and_never_the_best_on_
     assert {line.row.method for line in board.lines} == {"alpha", "beta"}
 
 
+def test_what_all_rows_change_is_said_once(suite: Any) -> None:
+    both = {"recipe": {"precision": "bf16"}}
+    first = made("alpha", 60, overrides={"mask_ratio": 0.5, **both}, config={"mask_ratio": 0.5})
+    (table,) = tables(first, made("beta", 50, overrides=both), made("gamma", 40, overrides=both))
+    assert table.shared == "recipe.precision=bf16"
+    assert [row.changed for row in table.rows] == ["mask_ratio=0.5", "", ""]
+    (board,) = boards([table], [], {})
+    assert (board.shared, [line.changed for line in board.lines]) == (
+        table.shared,
+        ["mask_ratio=0.5", "", ""],
+    )
+
+
 def test_operations_of_an_image_are_counted_one_by_one(suite: Any) -> None:
     plain = made("alpha", 60)
     counted = {**plain.metrics, "flops_inference": Metric(0.0646, unit="GFLOP/image")}

@@ -10,8 +10,8 @@ from typing import Any
 from mimbench import config, registry, reported
 from mimbench.record import Record, setting, test_selected
 from mimbench.report.findings import Finding, findings, pictures
-from mimbench.report.ranking import Row, Table, reported_view, view_order
-from mimbench.report.words import flatten, page_name
+from mimbench.report.ranking import Row, Table, factor_out, reported_view, view_order
+from mimbench.report.words import page_name
 
 
 @dataclass
@@ -150,23 +150,10 @@ def _board(
     }
     lines = [_line(key, cells, numbers, flops.get(key), parity) for key, cells in by_setting.items()]
     lines.sort(key=lambda line: _order(line, columns))
-    return Board("b-" + config.digest("board", view), view, columns, lines, _factor_out(lines))
-
-
-def _factor_out(lines: Sequence[Line]) -> str:
-    """What all trained lines change of their presets, to be said once; the budget is not, being the view's name."""
-    trained = [line for line in lines if line.row.pretrained]
-    changed = [dict(flatten(line.row.runs[0].overrides)) for line in trained]
-    shared = (
-        {pair for pair in changed[0].items() if all(pair in each.items() for each in changed)}
-        if changed
-        else set()
-    )
-    for line in lines:
-        own = dict(flatten(line.row.runs[0].overrides))
-        own.pop("recipe.budget", None)
-        line.changed = ", ".join(f"{n}={v}" for n, v in own.items() if n and (n, v) not in shared)
-    return ", ".join(sorted(f"{n}={v}" for n, v in shared if n and n != "recipe.budget"))
+    shared, changed = factor_out([line.row for line in lines])
+    for line, own in zip(lines, changed, strict=True):
+        line.changed = own
+    return Board("b-" + config.digest("board", view), view, columns, lines, shared)
 
 
 def _weight(table: Table) -> tuple[Any, ...]:

@@ -47,6 +47,7 @@ class Row:
     stale: str  # why, or ""
     role: str  # "floor" or "ceiling" for a baseline, else ""
     runs: list[Record]
+    changed: str = ""  # of the preset, beside the budget and what all rows share
     order: int = 0  # position in the table
     rank: str = ""  # "2", or "2–4" where no test settles the place
     tied: bool = False  # not separated from the method in the row above
@@ -76,6 +77,7 @@ class Table:
     lower: bool  # lower is better
     view: str  # by what its rows may be compared, see compared_by()
     rows: list[Row]
+    shared: str = ""  # changes of presets that all trained rows have in common
     left: float = 0.0  # of the scale that intervals are drawn on
     right: float = 1.0
     heats: list[dict[str, Any]] = field(default_factory=list)
@@ -155,11 +157,29 @@ def _table(view: str, group: list[Record], papers: Sequence[reported.Row]) -> Ta
         rows.setdefault(setting(record), []).append(record)
     table.rows = [_row(runs) for runs in rows.values()]
     table.rows.sort(key=lambda r: (r.mean if table.lower else -r.mean, r.method, r.preset))
+    table.shared, changed = factor_out(table.rows)
+    for row, own in zip(table.rows, changed, strict=True):
+        row.changed = own
     rank(table.rows, table.lower)
     _draw(table)
     for row in table.rows:
         _set_beside(row, table, papers)
     return table
+
+
+def factor_out(rows: Sequence[Row]) -> tuple[str, list[str]]:
+    """What all trained rows change of their presets, to be said once, and what each changes beside it.
+
+    The budget is the view's name, and said in neither.
+    """
+    own = [dict(flatten(row.runs[0].overrides)) for row in rows]
+    trained = [changes for row, changes in zip(rows, own, strict=True) if row.pretrained]
+    together = set(trained[0].items()).intersection(*(each.items() for each in trained)) if trained else set()
+
+    def text(pairs: Iterable[tuple[str, str]]) -> str:
+        return ", ".join(f"{name}={value}" for name, value in pairs if name and name != "recipe.budget")
+
+    return text(sorted(together)), [text(p for p in each.items() if p not in together) for each in own]
 
 
 def newest_per_seed(runs: Iterable[Record]) -> list[Record]:
