@@ -71,7 +71,10 @@ class Table:
     settings: Mapping[str, Any]  # all that the fingerprint is made of
     data: str
     note: str
-    n: int | None
+    n: int | None  # test images there are
+    over: (
+        int | None
+    )  # images, clips or repeats that a score and its interval are over, where these are others
     metric: str
     unit: str
     lower: bool  # lower is better
@@ -146,6 +149,7 @@ def _table(view: str, group: list[Record], papers: Sequence[reported.Row]) -> Ta
         data=first.data.name,
         note=first.data.note,
         n=first.data.n_test,
+        over=first.score.n if first.score.n != first.data.n_test else None,
         metric=metric,
         unit=first.score.unit,
         lower=bool(LOWER_IS_BETTER.search(metric)),
