@@ -357,6 +357,21 @@ def test_what_all_rows_change_is_said_once(suite: Any) -> None:
     )
 
 
+def test_a_line_says_from_how_few_seeds_it_is(suite: Any, tmp_path: Path) -> None:
+    often = [made("alpha", 60.0 + seed, seed) for seed in range(3)]
+    once = [
+        made("alpha", 30.0, protocol="robustness"),
+        made("beta", 50.0),
+    ]
+    (board,) = boards(tables(*often, *once), [], {})
+    assert {line.row.method: (line.seeds, line.most) for line in board.lines} == {
+        "alpha": (1, 3),
+        "beta": (1, 1),
+    }
+    front = (render(tmp_path, *often, *once) / "index.html").read_text(encoding="utf-8")
+    assert front.count(">1–3 seeds<") == front.count(">single seed<") == 1
+
+
 def test_operations_of_an_image_are_counted_one_by_one(suite: Any) -> None:
     plain = made("alpha", 60)
     counted = {**plain.metrics, "flops_inference": Metric(0.0646, unit="GFLOP/image")}

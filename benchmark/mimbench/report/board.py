@@ -48,6 +48,7 @@ class Line:
     family: str
     cells: list[Cell | None]
     seeds: int  # the fewest of any cell
+    most: int  # and the most
     device_seconds: float | None  # of pretraining, mean of the seeds
     rate: float | None  # images per second of pretraining
     parameters: int  # of the encoder
@@ -203,6 +204,7 @@ def _line(
         family=card.family if card else "unknown",
         cells=cells,
         seeds=min(len(each.seeds) for each in rows),
+        most=max(len(each.seeds) for each in rows),
         device_seconds=seconds,
         rate=statistics.mean(p.images for p in trained) / seconds if seconds else None,
         parameters=row.runs[0].encoder.parameters,
