@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,17 @@ def test_pairs_first_places_and_the_floor_are_those_that_a_test_supports(five: l
     records = [seen(slug, right(share)) for slug, share in shares.items()]
     records[1] = seen("beta", right(0.895, 20))  # differs from alpha on other images, by chance alone
     finding = found([*records, seen("noise", right(0.5, 20))])
-    assert (finding.methods, finding.seeds, finding.pairs, finding.apart) == (5, 1, 10, 9)
+    assert (finding.methods, finding.seeds, finding.most, finding.pairs, finding.apart) == (5, 1, 1, 10, 9)
     assert finding.first == ["alpha", "beta"]
     assert (finding.above, finding.with_floor) == (["alpha", "beta", "c", "d"], 5)
     assert finding.reported is None
+
+
+def test_what_an_encoder_costs_is_no_finding(five: list[str]) -> None:
+    (board,) = boards(tables(*(seen(slug, right(0.5)) for slug in five)), [], {})
+    assert findings(board, {})
+    board.columns = [dataclasses.replace(column, protocol="throughput") for column in board.columns]
+    assert not findings(board, {})
 
 
 def test_an_order_like_the_papers_is_said_and_another_is_not(five: list[str]) -> None:

@@ -53,6 +53,7 @@ class Finding:
     column: Column
     methods: int
     seeds: int  # the fewest of any
+    most: int  # and the most
     pairs: int
     apart: int  # pairs that a corrected test tells apart
     first: list[str]  # whom no test puts behind another
@@ -64,11 +65,11 @@ class Finding:
 
 
 def findings(board: Board, numbers: Mapping[str, list[reported.Row]]) -> list[Finding]:
-    """A finding for each column with three methods or more."""
+    """A finding for each column with three methods or more; what an encoder costs is none."""
     found = []
     for place, column in enumerate(board.columns):
         lines = [(line, row) for line, row in plain_lines(board, place) if not line.row.role]
-        if len(lines) < LEAST:
+        if len(lines) < LEAST or column.protocol == "throughput":
             continue
         rows = [row for _, row in lines]
         sign = -1 if column.lower else 1
@@ -88,6 +89,7 @@ def findings(board: Board, numbers: Mapping[str, list[reported.Row]]) -> list[Fi
                 column=column,
                 methods=len(rows),
                 seeds=min(len(row.seeds) for row in rows),
+                most=max(len(row.seeds) for row in rows),
                 pairs=len(rows) * (len(rows) - 1) // 2,
                 apart=int(np.triu(apart).sum()),
                 first=sorted(row.method for row, later in zip(rows, behind, strict=True) if not later),
