@@ -23,6 +23,7 @@ class Front(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
+        self.table = 0  # how many have begun
         self.columns: list[tuple[str, str]] = []  # protocol and data of the table that is open
         self.row: dict[str, Any] | None = None
         self.rows: list[dict[str, Any]] = []
@@ -32,11 +33,16 @@ class Front(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = dict(attributes)
         if tag == "thead":
-            self.columns = []
+            self.table, self.columns = self.table + 1, []
         if tag == "th" and "data-protocol" in found:
             self.columns.append((str(found["data-protocol"]), str(found["data-dataset"])))
         if tag == "tr" and "data-key" in found:
-            self.row = {"key": found["data-key"], "columns": list(self.columns), "cells": []}
+            self.row = {
+                "table": self.table,
+                "key": found["data-key"],
+                "columns": list(self.columns),
+                "cells": [],
+            }
         if tag == "td" and self.row is not None:
             self.row["cells"].append({"sort": found.get("data-sort"), "score": "", "small": ""})
         self.part = str(found.get("class")) if tag == "span" else ""
@@ -102,18 +108,22 @@ def test_every_score_of_the_front_page_is_the_mean_of_records(front: Front, made
     assert checked > 50
 
 
-def test_no_score_of_today_is_missing_from_the_front_page(front: Front, made: list[Any]) -> None:
-    """A record of a view's setting by a protocol that the view has a column for is in that column or scored in
-    another way than it."""
-    shown = {
-        (row["key"], column): cell["score"]
-        for row in front.rows
-        for column, cell in zip(row["columns"], row["cells"], strict=False)
+def test_no_score_is_missing_from_the_front_page(front: Front, made: list[Any]) -> None:
+    """Every record has its line, and a column shows all that was scored in its way."""
+    scored = {
+        (key, each["protocol"]["name"], each["data"]["name"], each["fingerprint"]) for key, each in made
     }
-    keys = {row["key"] for row in front.rows}
-    for key, each in made:
-        assert key in keys, f"the run {each['id']} of {each['method']['slug']} is on no line"
-        assert (key, (each["protocol"]["name"], each["data"]["name"])) in shown
+    assert {key for key, *_ in scored} == {row["key"] for row in front.rows}
+    tables: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in front.rows:
+        tables[row["table"], tuple(row["columns"])].append(row)
+    for (_, columns), rows in tables.items():
+        for place, column in enumerate(columns):
+            shown = {row["key"] for row in rows if row["cells"][place]["score"]}
+            ways = {way for *_, way in scored if shown == {
+                row["key"] for row in rows if (row["key"], *column, way) in scored
+            }}  # fmt: skip
+            assert ways, f"what {column} shows is not all that was scored in any one way"
 
 
 @pytest.mark.parametrize("device", file.DEVICES)

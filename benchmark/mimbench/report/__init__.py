@@ -50,7 +50,7 @@ def report(folder: Path, out: Path) -> Path:
                     known.write(f"{path}\n")
                     known.flush()
                 place = (out / path).parent
-                if place not in within and not place.resolve().is_relative_to(out.resolve()):
+                if place not in within and not _inside(place, out):
                     raise ResultsError(f"{place} leads elsewhere, so no page is written to it", "Remove it")
                 within.add(place)
                 _write(out / path, content, out / PART)
@@ -73,11 +73,16 @@ def _former(out: Path) -> set[str]:
     return {name for name in names if _is_page(out, name)}
 
 
+def _inside(folder: Path, out: Path) -> bool:
+    """Whether a folder is ``out`` or below it, wherever links lead."""
+    return folder.resolve().is_relative_to(out.resolve())
+
+
 def _is_page(out: Path, name: str) -> bool:
     try:
         foreign.below([name], out / LISTING)
         file = out / name
-        return (file.is_file() or file.is_symlink()) and file.parent.resolve().is_relative_to(out.resolve())
+        return (file.is_file() or file.is_symlink()) and _inside(file.parent, out)
     except (OSError, ValueError, DataError):
         return False
 

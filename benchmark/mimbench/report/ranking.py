@@ -72,9 +72,7 @@ class Table:
     data: str
     note: str
     n: int | None  # test images there are
-    over: (
-        int | None
-    )  # images, clips or repeats that a score and its interval are over, where these are others
+    over: int | None  # items that a score and its interval are over: images, clips, repeats; None: those
     metric: str
     unit: str
     lower: bool  # lower is better
